@@ -1,0 +1,9 @@
+"""Ops on torch tensors, each with a PyTorch reference and native kernels behind one signature.
+
+Usable without the model layer: `from latent_engine.kernels import gmm_log_prob`.
+"""
+
+from .backends import BackendError, backend_matrix, explain, set_backend, use_backend
+from .gmm import gmm_log_prob
+
+__all__ = ["BackendError", "backend_matrix", "explain", "gmm_log_prob", "set_backend", "use_backend"]

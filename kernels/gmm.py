@@ -1,0 +1,212 @@
+"""Log-density of a Gaussian mixture with diagonal covariances, over a batch of latent vectors.
+
+    log p(z_n) = log Σ_k exp(log_weights_k) Π_d N(z_nd; means_kd, exp(log_vars_kd)),    k over the components allowed to n
+
+with l_nk the logarithm of the k-th term and the responsibilities r_nk = exp(l_nk − log p(z_n)). Gradients, with
+a_nk = g_n r_nk for an incoming gradient g of the log-density:
+
+    ∂z_nd = −Σ_k a_nk δ_nkd / σ²_kd      ∂means_kd = Σ_n a_nk δ_nkd / σ²_kd             δ_nkd = z_nd − means_kd
+    ∂log_vars_kd = ½ Σ_n a_nk (δ²_nkd / σ²_kd − 1)      ∂log_weights_k = Σ_n a_nk
+
+A gradient h of the responsibilities adds r_nk (h_nk − Σ_j h_nj r_nj) to a_nk. Kernels take the direct form
+Σ_d (δ² / σ²): the expanded one saves nothing in FMAs and cancels. Backward saves log p only and recomputes r.
+
+Uses: the prior of the Deep Generative Decoder (Schuster & Krogh 2021, §2.4), VampPrior (Tomczak & Welling 2018, Eq. 9),
+kernel density estimates and aggregate posteriors.
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import Op, Support, register
+from .checks import HALF, check_floats, check_indices, check_shape
+from .library import Differentiable, Primitive
+from .reference import gmm as reference
+
+OP = register(Op("gmm_log_prob", "gmm_fwd", {
+    "cpp": Support(("cpu",), (torch.float32, torch.float64)),
+    "triton": Support(("cuda",), (torch.float32, *HALF)),
+    "cuda": Support(("cuda",), (torch.float32, *HALF)),
+}))
+
+
+def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, *, labels: Tensor | None = None,
+                 allowed: Tensor | None = None, responsibilities: bool = False,
+                 backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-density of `z` under a mixture of diagonal Gaussians, in nats.
+
+    Args:
+        z: `[..., D]` points.
+        means: `[K, D]`.
+        log_vars: log σ², `[K, D]` (diagonal), `[K, 1]` (isotropic), `[D]` or a scalar (shared by the components).
+        log_weights: `[K]`, used as given: pass `logits.log_softmax(0)` for a normalised density; weights that do not sum
+            to one give the logarithm of the unnormalised mixture. −inf removes a component.
+        labels: integers `[...]`, one a point. Without `allowed`, a label is the index of the only component allowed to
+            the point; with it, the row of `allowed` that holds. −1 allows every component.
+        allowed: boolean. With `labels`, `[C, K]`: the components of each of C classes. Without, `[..., K]`: a mask per
+            point. A point with no allowed component has log-density −inf and zero gradients.
+        responsibilities: also return r = p(k | z), `[..., K]`.
+        backend: "cpp", "cuda", "triton" or "reference" instead of the automatic choice.
+
+    Returns:
+        `[...]`, or `([...], [..., K])` with `responsibilities`. float64 inputs give float64; float32, and bfloat16 and
+        float16, give float32, as does everything under autocast.
+
+    Differentiable, twice, in z, means, log_vars and log_weights; frozen ones cost nothing. Time O(N·K·D), memory O(N + K·D)
+    beyond the inputs, and O(N·K) only if responsibilities are asked for. The same inputs give the same bits, at any
+    number of threads.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit together, or a label is out of range.
+        BackendError: the backend asked for cannot serve the call.
+
+    >>> z, means = torch.zeros(3, 2), torch.zeros(1, 2)
+    >>> gmm_log_prob(z, means, torch.tensor(0.0), torch.zeros(1))
+    tensor([-1.8379, -1.8379, -1.8379])
+    """
+    z, means, log_vars, log_weights = _working_precision(z, means, log_vars, log_weights)
+    check_floats("gmm_log_prob", means=means, z=z, log_vars=log_vars, log_weights=log_weights)
+    log_vars = _check_mixture(z, means, log_vars, log_weights)
+    lead = z.shape[:-1]
+    if labels is not None or allowed is not None:
+        labels, allowed = _check_allowed(labels, allowed, lead, means)
+    if len(lead) != 1:
+        z = z.reshape(-1, z.shape[-1])
+
+    name = OP.choose(z, backend)
+    if name == "reference":
+        log_prob, resp = reference.gmm_log_prob(z.to(means.dtype), means, log_vars, log_weights, labels, allowed)
+    else:
+        log_prob, resp = _gmm(name, z, means, log_vars, log_weights, labels, allowed, responsibilities)
+    if len(lead) != 1:
+        log_prob = log_prob.reshape(lead)
+    return (log_prob, resp.reshape(*lead, -1)) if responsibilities else log_prob
+
+
+def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Half-precision arguments as float32, and every argument under autocast; CUDA kernels read a half `z` as it is."""
+    z = tensors[0]
+    if not isinstance(z, Tensor):
+        raise TypeError(f"gmm_log_prob: z must be a tensor, given {type(z).__name__}.")
+    if torch.is_autocast_enabled(z.device.type):
+        return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+    keep = z.device.type == "cuda"
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is z) else t for t in tensors)
+
+
+def _check_mixture(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
+    """Shapes of the mixture against z[..., D]; returns log_vars as [K, D]."""
+    if z.dim() == 0:
+        raise ValueError("gmm_log_prob: z must have shape [..., D], given a scalar.")
+    if means.dim() != 2 or means.shape[1] != z.shape[-1]:
+        raise ValueError(f"gmm_log_prob: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
+                         f"given {list(means.shape)}.")
+    check_shape("gmm_log_prob", "log_weights", log_weights, means.shape[:1], "[K]")
+    if log_vars.shape == means.shape:
+        return log_vars
+    K, D = means.shape
+    if tuple(log_vars.shape) not in ((K, 1), (1, D), (1, 1), (D,), (1,), ()):
+        raise ValueError(f"gmm_log_prob: log_vars must have shape [K, D] = {[K, D]}, [K, 1] (isotropic), [D] or [] (shared), "
+                         f"given {list(log_vars.shape)}.")
+    return log_vars.expand(K, D)
+
+
+def _check_allowed(labels: Tensor | None, allowed: Tensor | None, lead: torch.Size,
+                   means: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """labels as int64 [N] and allowed as bool [C, K] or [N, K], on the device of the mixture."""
+    K = means.shape[0]
+    for name, tensor in (("labels", labels), ("allowed", allowed)):
+        if tensor is not None and tensor.device != means.device:
+            raise ValueError(f"gmm_log_prob: {name} is on {tensor.device} but means is on {means.device}; "
+                             f"move one of them, e.g. {name}.to({means.device}).")
+    if allowed is not None:
+        if allowed.dtype != torch.bool:
+            raise TypeError(f"gmm_log_prob: allowed must be a boolean tensor, given {allowed.dtype}.")
+        if labels is None:
+            check_shape("gmm_log_prob", "allowed", allowed, (*lead, K), "[..., K]")
+            allowed = allowed.reshape(-1, K)
+        elif allowed.dim() != 2 or allowed.shape[1] != K:
+            raise ValueError(f"gmm_log_prob: with labels, allowed must have shape [C, K] with K = {K}, "
+                             f"given {list(allowed.shape)}.")
+    if labels is not None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"gmm_log_prob: labels must be integers, given {labels.dtype}.")
+        check_shape("gmm_log_prob", "labels", labels, tuple(lead), "[...] as in z[..., D]")
+        check_indices("gmm_log_prob", "labels", labels, -1, K if allowed is None else allowed.shape[0])
+        labels = labels.reshape(-1).long()
+    return labels, allowed
+
+
+def _fake_fwd(z, means, log_vars, log_weights, labels, allowed, responsibilities):
+    K = means.shape[0] if responsibilities else 0
+    return means.new_empty(z.shape[0]), means.new_empty(z.shape[0] if responsibilities else 0, K)
+
+
+def _fake_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, need_mixture):
+    K, D = means.shape if need_mixture else (0, 0)
+    return (torch.empty_like(z, memory_format=torch.contiguous_format) if need_z else z.new_empty(0, 0),
+            means.new_empty(K, D), means.new_empty(K, D), means.new_empty(K))
+
+
+# `responsibilities` false returns an empty [0, 0] tensor in their place. In gmm_bwd, `coef` is a_nk where the forward pass
+# returned responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
+FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor? labels, "
+                "Tensor? allowed, bool responsibilities) -> (Tensor, Tensor)", _fake_fwd)
+BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
+                "Tensor log_prob, Tensor? labels, Tensor? allowed, Tensor? coef, bool need_z, bool need_mixture) "
+                "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, _responsibilities = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, bwd, grad, grad_resp):
+    *tensors, log_prob, resp = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    if grad is None and grad_resp is None:
+        return (None,) * 7
+    if torch.is_grad_enabled():  # double backward
+        return (*_reference_gradients(tensors, needs, grad, grad_resp), None, None, None)
+    coef = None
+    if grad_resp is not None:
+        coef = resp * (grad_resp - (grad_resp * resp).sum(1, keepdim=True))
+        if grad is not None:
+            coef += resp * grad[:, None]
+    if grad is None:
+        grad = torch.zeros_like(log_prob)
+    grads = bwd(grad, *tensors[:4], log_prob, *tensors[4:], coef, needs[0], any(needs[1:]))
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+def _reference_gradients(tensors, needs, grad, grad_resp):
+    with torch.enable_grad():
+        z, means, log_vars, log_weights, labels, allowed = tensors
+        outputs = reference.gmm_log_prob(z.to(means.dtype), means, log_vars, log_weights, labels, allowed)
+        used = [(o, g) for o, g in zip(outputs, (grad, grad_resp), strict=True) if g is not None]
+        inputs = [t for t, need in zip(tensors, needs, strict=False) if need]
+        grads = iter(torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], create_graph=True))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+def _vmap(call, info, in_dims, z, means, log_vars, log_weights, labels, allowed, responsibilities):
+    """Batches of points fold into rows; one mixture a call."""
+    if any(d is not None for d in in_dims[1:4]) or (labels is not None and in_dims[5] is not None):
+        raise NotImplementedError("gmm_log_prob: vmap over the mixture is not supported; vmap over z, or loop over mixtures.")
+
+    def fold(tensor, dim):
+        tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.reshape(-1, *tensor.shape[2:])
+
+    rows = fold(z, in_dims[0])
+    labels_ = None if labels is None else fold(labels, in_dims[4])
+    allowed_ = fold(allowed, in_dims[5]) if allowed is not None and labels is None else allowed
+    log_prob, resp = call(rows, means, log_vars, log_weights, labels_, allowed_, responsibilities)
+    return ((log_prob.unflatten(0, (info.batch_size, -1)),
+             resp.unflatten(0, (info.batch_size, -1)) if responsibilities else resp),
+            (0, 0 if responsibilities else None))
+
+
+_gmm = Differentiable(FWD, BWD, _save, _gradients, _vmap)

@@ -1,0 +1,1 @@
+"""Triton kernels, one module an op, imported at the first call of the op's Triton backend."""
