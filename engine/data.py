@@ -24,7 +24,8 @@ from .extras import require
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "test")
 _ACCEPTED = ("a name (mnist5k, digits, synthetic), a folder with MNIST's IDX files (plain or .gz) or with train.npz "
-             "and test.npz, or an .npz file with the arrays x and y, images and labels, or x_train, y_train, x_test, y_test")
+             "and test.npz, or an .npz file with the arrays x and y, images and labels, or x_train, y_train, x_test "
+             "and y_test")
 
 
 class DataError(ValueError):
@@ -80,7 +81,7 @@ def batch_order(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor,
     if batch_size < 1:
         raise ValueError(f"batch_order: batch_size must be at least 1, given {batch_size}.")
     # torch's CPU generator reads 32 bits of its seed: hash the pair instead of packing it.
-    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)[0])
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed)).split(batch_size)
 
 
@@ -90,9 +91,9 @@ def load(name_or_path: str | os.PathLike[str], split: str = "train") -> Data:
     Args:
         name_or_path: "mnist5k" (5,000 + 1,000 MNIST digits, embedded), "digits" (scikit-learn's 8×8 digits, the last
             fifth for the test), "synthetic" (bars, generated); a folder with MNIST's IDX files, plain or .gz, or with
-            train.npz and test.npz; an .npz file with x and y, images and labels, or x_train, y_train, x_test and y_test.
-            Images are uint8 or floating point, [N, H, W], [N, C, H, W] or [N, H, W, C]; labels are integers [N] and may
-            be missing.
+            train.npz and test.npz; an .npz file with x and y, images and labels, or x_train, y_train, x_test, y_test.
+            Images are uint8 or floating point, [N, H, W], [N, C, H, W] or [N, H, W, C]; labels are integers [N] and
+            may be missing.
         split: "train" or "test".
 
     Raises:

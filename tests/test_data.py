@@ -1,0 +1,196 @@
+"""Data sets by name and path, damaged files, and the order of the batches."""
+
+import gzip
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+import torch
+from latent_engine.data import Data, DataError, batch_order, load, read_idx
+
+
+def write_idx(path, array, code=8):
+    header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
+    raw = header + array.astype(array.dtype.newbyteorder(">")).tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (7, 5, 4), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """No ./data and no $LATENT_ENGINE_DATA of the machine's owner."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LATENT_ENGINE_DATA", raising=False)
+
+
+@pytest.mark.parametrize(("split", "per_class"), [("train", 500), ("test", 100)])
+def test_embedded_mnist_is_class_balanced(split, per_class):
+    data = load("mnist5k", split)
+    assert data.x.shape == (10 * per_class, 1, 28, 28) and data.x.dtype == torch.uint8
+    assert data.y.bincount().tolist() == [per_class] * 10
+    assert "MNIST" in data.source
+
+
+def test_embedded_mnist_holds_the_first_digits_of_mnist():
+    assert load("mnist5k").y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    pixels = load("mnist5k").x[0].numpy().tobytes()
+    assert hashlib.sha256(pixels).hexdigest().startswith("23ceaef5eb61f0e7")
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_other_named_sets_are_labelled_images_and_their_splits_differ(name):
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    train, test = load(name), load(name, "test")
+    assert len(train) > len(test) > 100
+    assert set(train.y.tolist()) == set(test.y.tolist()) == set(range(10))
+    rows = {row.numpy().tobytes() for row in train.x}
+    assert not any(row.numpy().tobytes() in rows for row in test.x)
+    assert torch.equal(load(name).x, train.x)
+
+
+def test_pixels_are_floats_in_the_unit_interval():
+    data = Data(torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(4, 1, 1, 1))
+    assert torch.equal(data.pixels(binarize=False).x.flatten(), torch.tensor([0, 127, 128, 255]) / 255)
+    assert data.pixels(binarize=True).x.flatten().tolist() == [0, 0, 1, 1]
+    with pytest.raises(DataError, match=r"must lie in \[0, 1\].*255"):
+        Data(torch.full((1, 1, 2, 2), 255.0)).pixels(binarize=True)
+    with pytest.raises(DataError, match="nan"):
+        Data(torch.full((1, 1, 2, 2), float("nan"))).pixels(binarize=True)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_folder(tmp_path, images, suffix):
+    labels = np.arange(7, dtype=np.uint8)
+    write_idx(tmp_path / f"train-images-idx3-ubyte{suffix}", images)
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", labels)
+    data = load(tmp_path)
+    assert np.array_equal(data.x[:, 0], images) and data.y.tolist() == labels.tolist()
+    assert str(tmp_path) in data.source
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte"):
+        load(tmp_path, "test")
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "u1"), (9, "i1"), (11, "i2"), (12, "i4"), (13, "f4"), (14, "f8")])
+def test_idx_values_of_every_type(tmp_path, code, dtype):
+    array = np.array([[1, 2, 3], [-4 if dtype != "u1" else 4, 5, 100]], dtype)
+    write_idx(tmp_path / "file", array, code)
+    assert np.array_equal(read_idx(tmp_path / "file"), array)
+
+
+@pytest.mark.parametrize("keys", [("x", "y"), ("images", "labels"), ("x_train", "y_train")])
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 3, 5, 4), (6, 5, 4, 3)], ids=["NHW", "NCHW", "NHWC"])
+def test_npz(tmp_path, keys, shape):
+    images = np.random.default_rng(0).random(shape)
+    np.savez(tmp_path / "set.npz", **{keys[0]: images, keys[1]: np.arange(6, dtype=np.int16)})
+    data = load(tmp_path / "set.npz")
+    expected = images[:, None] if len(shape) == 3 else images if shape[1] == 3 else images.transpose(0, 3, 1, 2)
+    assert data.x.dtype == torch.float32 and np.array_equal(data.x, expected.astype(np.float32))
+    assert data.y.tolist() == list(range(6))
+
+
+def test_npz_without_labels_or_test_split(tmp_path, images):
+    np.savez(tmp_path / "train.npz", images=images)
+    np.savez(tmp_path / "test.npz", images=images[:2])
+    assert load(tmp_path / "train.npz").y is None
+    with pytest.raises(DataError, match="no test images"):
+        load(tmp_path / "train.npz", "test")
+    assert len(load(tmp_path)) == 7 and len(load(tmp_path, "test")) == 2
+
+
+def test_a_name_is_looked_up_in_the_data_folders_first(tmp_path, monkeypatch, images):
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "mnist5k.npz", x=images)
+    assert load("mnist5k").source == "data/mnist5k.npz"
+    (tmp_path / "elsewhere").mkdir()
+    np.savez(tmp_path / "elsewhere" / "mnist5k.npz", x=images[:3])
+    monkeypatch.setenv("LATENT_ENGINE_DATA", str(tmp_path / "elsewhere"))
+    assert len(load("mnist5k")) == 3
+
+
+def test_missing_data_names_what_was_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"No data 'mnst5k'; looked for data/mnst5k, .*Did you mean 'mnist5k'"):
+        load("mnst5k")
+    with pytest.raises(DataError, match=r"No data '.*nothing/here'.*IDX files"):
+        load(tmp_path / "nothing" / "here")
+    with pytest.raises(DataError, match="has no train data"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="split must be 'train' or 'test', given 'valid'"):
+        load("mnist5k", "valid")
+
+
+@pytest.mark.parametrize("cut", [0, 3, 10, -1])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "set.npz"])
+def test_truncated_files(tmp_path, images, name, cut):
+    path = tmp_path / name
+    if name == "set.npz":
+        np.savez_compressed(path, x=images)
+    else:
+        write_idx(path, images)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(DataError, match=name):
+        load(path if name == "set.npz" else tmp_path)
+
+
+def test_corrupt_files(tmp_path, images):
+    path = tmp_path / "train-images-idx3-ubyte"
+    write_idx(path, images)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(DataError, match="is damaged: its header says"):
+        load(tmp_path)
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(DataError, match="is not an IDX file: it starts with 3c 68"):
+        load(tmp_path)
+    for content in (b"", b"PK nonsense", b"\x93NUMPY nonsense"):
+        (tmp_path / "set.npz").write_bytes(content)
+        with pytest.raises(DataError, match=r"not a readable \.npz"):
+            load(tmp_path / "set.npz")
+    np.savez(tmp_path / "set.npz", x=np.array([{}, {}], dtype=object))
+    with pytest.raises(DataError, match=r"not a readable \.npz"):
+        load(tmp_path / "set.npz")
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"x": np.zeros((3, 4), np.uint8)}, r"images must be .* given uint8 \[3, 4\]"),
+    ({"x": np.zeros((0, 4, 4), np.uint8)}, "not empty"),
+    ({"x": np.zeros((3, 4, 4), np.int64)}, "given int64"),
+    ({"x": np.zeros((3, 4, 4)), "y": np.zeros(2, int)}, r"labels must be integers \[N\] = \[3\]"),
+    ({"x": np.zeros((3, 4, 4)), "y": np.zeros(3)}, "given float64"),
+    ({"pictures": np.zeros((3, 4, 4))}, "it holds pictures; looked for x_train, x or images"),
+])
+def test_wrong_arrays(tmp_path, arrays, message):
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "set.npz")
+
+
+def test_wrong_tensors():
+    with pytest.raises(DataError, match=r"x must be a uint8 or float32 tensor \[N, C, H, W\]"):
+        Data(torch.zeros(3, 4, 4))
+    with pytest.raises(DataError, match="y must be an int64 tensor"):
+        Data(torch.zeros(3, 1, 4, 4), torch.zeros(3))
+
+
+def test_an_epoch_visits_every_row_once():
+    batches = batch_order(103, 10, seed=1, epoch=2)
+    assert [len(b) for b in batches] == [10] * 10 + [3]
+    assert torch.cat(batches).dtype == torch.int64
+    assert torch.cat(batches).sort().values.tolist() == list(range(103))
+
+
+def test_batch_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return tuple(torch.cat(batch_order(50, 50, seed, epoch)).tolist())
+
+    state = torch.get_rng_state()
+    pairs = [(seed, epoch) for seed in (0, 1, 2**32, 2**40) for epoch in range(20)]
+    assert len({order(*pair) for pair in pairs}) == len(pairs)
+    assert order(3, 4) == order(3, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
+        batch_order(10, 0, 0, 0)
