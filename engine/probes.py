@@ -19,8 +19,7 @@ def component_purity(components: ArrayLike, labels: ArrayLike) -> float:
 
 
 def adjusted_rand_index(components: ArrayLike, labels: ArrayLike) -> float:
-    """Agreement over pairs of rows: 0 in expectation for random components, 1 for a perfect match (Hubert & Arabie 1985).
-    """
+    """Agreement over pairs of rows: 0 in expectation for random components, 1 for a perfect match (Hubert & Arabie)."""
     return float(require("sklearn.metrics", "eval", _PURPOSE).adjusted_rand_score(labels, components))
 
 
@@ -65,6 +64,6 @@ def pca_baseline(x: ArrayLike, labels: ArrayLike, components: int = 20, k: int =
 
 
 def probe(z: ArrayLike, labels: ArrayLike, components: ArrayLike, k: int = 10) -> dict[str, float]:
-    """The table of a clustered representation: component "purity", "ari" and "nmi", and leave-one-out "knn" accuracy."""
+    """The table of a clustered representation: component "purity", "ari", "nmi", and leave-one-out "knn" accuracy."""
     return {"purity": component_purity(components, labels), "ari": adjusted_rand_index(components, labels),
             "nmi": normalized_mutual_info(components, labels), "knn": knn_accuracy(z, labels, k)}
