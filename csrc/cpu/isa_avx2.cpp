@@ -1,0 +1,25 @@
+// Standard headers come before the target pragma, so that their inline functions stay at the baseline and no other file
+// can be linked against a copy that needs this level.
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#define LATENT_VECTOR_BYTES 32
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace latent::avx2 {
+#include "level.inl"
+}  // namespace latent::avx2
+#pragma GCC pop_options
+#else
+namespace latent::avx2 {  // never chosen: isa.cpp offers base only
+extern const MathKernels<float> math_f{};
+extern const MathKernels<double> math_d{};
+extern const GmmKernels<float> gmm_f{};
+extern const GmmKernels<double> gmm_d{};
+}  // namespace latent::avx2
+#endif

@@ -1,0 +1,12 @@
+// The baseline of the architecture: 16-byte vectors, no FMA on x86-64.
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"
+
+#define LATENT_VECTOR_BYTES 16
+namespace latent::base {
+#include "level.inl"
+}  // namespace latent::base

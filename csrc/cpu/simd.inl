@@ -1,0 +1,160 @@
+// Vectors of one native register, exp, log and transposition. Included inside the namespace of an instruction-set level,
+// after LATENT_VECTOR_BYTES. Lanes are independent of one another and a reduction over lanes folds groups of 64 bytes in
+// one fixed order, so levels with the same arithmetic (AVX2 and AVX-512, both with FMA) agree bit for bit.
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Int = int32_t;
+  typedef float Vec __attribute__((vector_size(LATENT_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(LATENT_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t IntVec __attribute__((vector_size(LATENT_VECTOR_BYTES)));
+  static constexpr int mantissa = 23;
+  static constexpr Int one = 0x3f800000, sqrt_half = 0x3f3504f3;
+  static constexpr float round = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer held in the low bits
+  // ln 2 in two parts; the first has trailing zeros, so that n·hi is exact without FMA.
+  static constexpr float ln2_hi = 0.69287109375f, ln2_lo = 2.7608680994530943e-04f;
+  static constexpr float exp_min = -87.33654f, exp_max = 88.37626f;
+  // (exp r − 1 − r) / r² on |r| ≤ ln2/2, and (log((1+s)/(1−s)) − 2s) / s³ in s² on s ≤ 0.1716: Chebyshev interpolants.
+  static constexpr float exp_poly[] = {0.5f, 0.16666576266288757f, 0.041666556149721146f, 0.008363203145563602f,
+                                       0.0013926213141530752f};
+  static constexpr float log_poly[] = {0.6666666865348816f, 0.4000012278556824f, 0.28550779819488525f,
+                                       0.23331613838672638f};
+};
+
+template <>
+struct Simd<double> {
+  using Int = int64_t;
+  typedef double Vec __attribute__((vector_size(LATENT_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(LATENT_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t IntVec __attribute__((vector_size(LATENT_VECTOR_BYTES)));
+  static constexpr int mantissa = 52;
+  static constexpr Int one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr double round = 6755399441055744.0;  // 1.5·2^52
+  static constexpr double ln2_hi = 0.6931471803691238, ln2_lo = 1.9082149292705877e-10;
+  static constexpr double exp_min = -708.3964185322641, exp_max = 709.4361393;
+  static constexpr double exp_poly[] = {0.5, 0.1666666666666667, 0.04166666666666667, 0.008333333333326112,
+                                        0.001388888888888373, 0.0001984126987490126, 2.4801587325605324e-05,
+                                        2.7557255297969643e-06, 2.755727357010214e-07, 2.5105259538448494e-08,
+                                        2.0914717341716378e-09};
+  static constexpr double log_poly[] = {0.666666666666667,  0.3999999999989889,  0.28571428626253836, 0.22222211089379496,
+                                        0.1818289243253687, 0.15331611722055008, 0.14617807153417325};
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+constexpr int kLanes = LATENT_VECTOR_BYTES / sizeof(T);
+template <class T>
+constexpr T kInf = __builtin_huge_valf();
+
+template <class T>
+static inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+template <class T>
+static inline Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+// a where a > b, else b: a NaN in `a` is dropped, and must reach the result some other way.
+template <class V>
+static inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class T, int n, class V>
+static inline V horner(const T (&c)[n], V x) {
+  V p = x * c[n - 1] + c[n - 2];
+  for (int i = n - 3; i >= 0; --i) p = p * x + c[i];
+  return p;
+}
+
+// e^x to 1 ULP; 0 below the smallest normal result, infinity above 88.37 (709.43); NaN stays NaN.
+template <class T>
+static inline Vec<T> exp(Vec<T> x) {
+  using S = Simd<T>;
+  using IntVec = typename S::IntVec;
+  const Vec<T> shifted = x * T(1.4426950408889634) + S::round;
+  const Vec<T> n = shifted - S::round;
+  const Vec<T> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
+  const Vec<T> p = (horner(S::exp_poly, r) * r) * r + r + T(1);
+  const Vec<T> y = p * (Vec<T>)(((IntVec)shifted << S::mantissa) + S::one);
+  const Vec<T> clipped = x < S::exp_min ? Vec<T>{} : y;
+  return x > S::exp_max ? broadcast<T>(kInf<T>) : clipped;
+}
+
+// log x to 1 ULP for normal x; log 0 = −inf, log inf = inf; NaN below 0 and for NaN.
+template <class T>
+static inline Vec<T> log(Vec<T> x) {
+  using S = Simd<T>;
+  using IntVec = typename S::IntVec;
+  const IntVec bits = (IntVec)x;
+  const IntVec exponent = (bits - S::sqrt_half) >> S::mantissa;
+  const Vec<T> f = (Vec<T>)(bits - (exponent << S::mantissa)) - T(1);
+  const Vec<T> magic = broadcast<T>(S::round);
+  const Vec<T> n = (Vec<T>)((IntVec)magic + exponent) - magic;
+  const Vec<T> s = f / (f + T(2)), w = s * s, half = f * f * T(0.5);
+  const Vec<T> tail = s * (half + w * horner(S::log_poly, w)) + n * S::ln2_lo;
+  Vec<T> y = n * S::ln2_hi + (f - (half - tail));
+  y = x > T(0) ? y : broadcast<T>(__builtin_nanf(""));
+  y = x == T(0) ? broadcast<T>(-kInf<T>) : y;
+  return x == kInf<T> ? x : y;
+}
+
+// Sum over 64 bytes of lanes held in 64 / LATENT_VECTOR_BYTES registers, by halving: lane i with lane i + half.
+template <class T>
+static inline T sum_lanes(const Vec<T> (&parts)[64 / LATENT_VECTOR_BYTES]) {
+  T lanes[64 / sizeof(T)];
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  Vec<T> folded[registers];
+  for (int i = 0; i < registers; ++i) folded[i] = parts[i];
+  for (int half = registers / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) folded[i] += folded[i + half];
+  store(lanes, folded[0]);
+  for (int half = kLanes<T> / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// out[c·out_stride + r] = in[r·in_stride + c] for a 4 × 4 tile.
+static inline void transpose_4x4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  using Index = int32_t __attribute__((vector_size(16)));
+  Quad a[4], b[4];
+  for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const Quad*>(in + i * in_stride);
+  for (int i = 0; i < 2; ++i) {
+    b[2 * i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], Index{0, 4, 1, 5});
+    b[2 * i + 1] = __builtin_shuffle(a[2 * i], a[2 * i + 1], Index{2, 6, 3, 7});
+  }
+  for (int i = 0; i < 2; ++i) {
+    *reinterpret_cast<Quad*>(out + 2 * i * out_stride) = __builtin_shuffle(b[i], b[i + 2], Index{0, 1, 4, 5});
+    *reinterpret_cast<Quad*>(out + (2 * i + 1) * out_stride) = __builtin_shuffle(b[i], b[i + 2], Index{2, 3, 6, 7});
+  }
+}
+
+// out[c·out_stride + r] = in[r·row_stride + c·col_stride].
+template <class T>
+static void transpose(const T* in, int64_t row_stride, int64_t col_stride, T* out, int64_t out_stride, int64_t rows,
+                      int64_t cols) {
+  int64_t r = 0;
+  if (std::is_same<T, float>::value && col_stride == 1)
+    for (; r + 4 <= rows; r += 4) {
+      int64_t c = 0;
+      for (; c + 4 <= cols; c += 4)
+        transpose_4x4((const float*)in + r * row_stride + c, row_stride, (float*)out + c * out_stride + r, out_stride);
+      for (; c < cols; ++c)
+        for (int i = 0; i < 4; ++i) out[c * out_stride + r + i] = in[(r + i) * row_stride + c];
+    }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) out[c * out_stride + r] = in[r * row_stride + c * col_stride];
+}

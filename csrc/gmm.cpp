@@ -1,0 +1,186 @@
+// gmm_fwd and gmm_bwd on CPU tensors: allocation, the cut into tasks, launch. Arguments are checked in kernels/gmm.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "cpu/kernels.h"
+
+namespace latent {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+const GmmKernels<T>& kernels();
+template <>
+const GmmKernels<float>& kernels() {
+  static const GmmKernels<float> levels[] = {base::gmm_f, avx2::gmm_f, avx512::gmm_f};
+  return at_isa(levels);
+}
+template <>
+const GmmKernels<double>& kernels() {
+  static const GmmKernels<double> levels[] = {base::gmm_d, avx2::gmm_d, avx512::gmm_d};
+  return at_isa(levels);
+}
+
+constexpr int64_t kTaskWork = 1 << 20;  // pairs × (D + 8) of a task: 20 to 40 µs
+constexpr int64_t kMaxTasks = 64;
+
+int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// The cut of N × K pairs. Partial results are at most four times the size of the inputs.
+GmmGrid cut(int64_t N, int64_t K, int64_t D, bool split_components) {
+  const int64_t tasks = std::clamp<int64_t>(N * K * (D + 8) / kTaskWork, 1, kMaxTasks);
+  const int64_t bounded = std::max<int64_t>(1, 4 * (N + K) / std::max<int64_t>(K, 1));
+  GmmGrid grid;
+  grid.rows = std::max<int64_t>(round_up(ceil_div(N, std::min(tasks, bounded)), 64), 64);
+  grid.chunks = ceil_div(N, grid.rows);
+  const int64_t missing = split_components && grid.chunks ? tasks / grid.chunks : 1;
+  const int64_t allowed = std::max<int64_t>(1, std::min(4 * (N + K) / std::max<int64_t>(N, 1), K / 64));
+  grid.components = round_up(std::max<int64_t>(ceil_div(K, std::clamp<int64_t>(missing, 1, allowed)), 1), kGmmTile);
+  grid.splits = std::max<int64_t>(ceil_div(K, grid.components), 1);
+  return grid;
+}
+
+// Runs task(i) for i < n: in parallel if there is more than one.
+template <class F>
+void for_each_task(int64_t n, const F& task) {
+  const auto range = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) task(i);
+  };
+  if (n > 1)
+    torch::stable::parallel_for(0, n, 1, range);
+  else
+    range(0, n);
+}
+
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <class T>
+struct Inputs {
+  GmmMixture<T> mixture;
+  GmmRows<T> rows;
+  std::unique_ptr<T[]> workspace;
+  std::optional<Tensor> labels, allowed;  // keep contiguous copies alive
+
+  Inputs(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
+         const std::optional<Tensor>& labels_, const std::optional<Tensor>& allowed_) {
+    const int64_t K = means.size(0), D = means.size(1), padded = round_up(K, kGmmTile);
+    workspace.reset(new T[padded * (2 * D + 1)]);
+    if (labels_) labels = as_contiguous(*labels_);
+    if (allowed_) allowed = as_contiguous(*allowed_);
+    mixture = {K,
+               D,
+               means.const_data_ptr<T>(),
+               log_vars.const_data_ptr<T>(),
+               log_weights.const_data_ptr<T>(),
+               {means.stride(0), means.stride(1)},
+               {log_vars.stride(0), log_vars.stride(1)},
+               log_weights.stride(0),
+               workspace.get(),
+               workspace.get() + padded * 2 * D};
+    rows = {z.size(0), z.const_data_ptr<T>(), {z.stride(0), z.stride(1)},
+            labels ? labels->const_data_ptr<int64_t>() : nullptr, allowed ? allowed->const_data_ptr<bool>() : nullptr};
+    kernels<T>().pack(mixture);
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
+                                   const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
+                                   bool responsibilities) {
+  const Inputs<T> in(z, means, log_vars, log_weights, labels, allowed);
+  const int64_t N = in.rows.N, K = in.mixture.K;
+  Tensor log_prob = torch::stable::new_empty(z, {N});
+  Tensor resp = torch::stable::new_empty(z, {responsibilities ? N : 0, responsibilities ? K : 0});
+  GmmForward<T> p{in.mixture, in.rows, cut(N, K, in.mixture.D, !responsibilities), log_prob.mutable_data_ptr<T>(),
+                  responsibilities ? resp.mutable_data_ptr<T>() : nullptr, nullptr, nullptr};
+  std::unique_ptr<T[]> partial;
+  if (p.grid.splits > 1) {
+    partial.reset(new T[2 * p.grid.splits * N]);
+    p.maxima = partial.get();
+    p.sums = partial.get() + p.grid.splits * N;
+  }
+  for_each_task(p.grid.tasks(), [&](int64_t task) { kernels<T>().forward(p, task); });
+  if (p.grid.splits > 1) kernels<T>().merge_forward(p);
+  return {log_prob, resp};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const Tensor& means,
+                                                    const Tensor& log_vars, const Tensor& log_weights,
+                                                    const Tensor& log_prob, const std::optional<Tensor>& labels,
+                                                    const std::optional<Tensor>& allowed, const std::optional<Tensor>& coef_,
+                                                    bool need_z, bool need_mixture) {
+  const Inputs<T> in(z, means, log_vars, log_weights, labels, allowed);
+  const int64_t N = in.rows.N, K = in.mixture.K, D = in.mixture.D, k = need_mixture ? K : 0, d = need_mixture ? D : 0;
+  const Tensor saved = as_contiguous(log_prob);
+  const std::optional<Tensor> coef = coef_ ? std::optional<Tensor>(as_contiguous(*coef_)) : std::nullopt;
+  Tensor dz = torch::stable::new_empty(z, {need_z ? N : 0, need_z ? D : 0});
+  Tensor dmeans = torch::stable::new_empty(z, {k, d}), dlog_vars = torch::stable::new_empty(z, {k, d});
+  Tensor dlog_weights = torch::stable::new_empty(z, {k});
+  GmmBackward<T> p{in.mixture,
+                   in.rows,
+                   cut(N, K, D, true),
+                   grad.const_data_ptr<T>(),
+                   grad.stride(0),
+                   saved.const_data_ptr<T>(),
+                   coef ? coef->const_data_ptr<T>() : nullptr,
+                   need_z ? dz.mutable_data_ptr<T>() : nullptr,
+                   nullptr,
+                   dmeans.mutable_data_ptr<T>(),
+                   dlog_vars.mutable_data_ptr<T>(),
+                   dlog_weights.mutable_data_ptr<T>()};
+  std::unique_ptr<T[]> rows, moments;
+  const int64_t width = 2 * D + 1;
+  if (need_z && p.grid.splits > 1) {
+    rows.reset(new T[p.grid.splits * N * D]);
+    p.dz = rows.get();
+  }
+  if (need_mixture) {
+    const int64_t size = std::max<int64_t>(p.grid.chunks, 1) * K * width;
+    moments.reset(new T[size]);
+    p.moments = moments.get();
+    if (p.grid.chunks == 0) std::fill_n(p.moments, size, T(0));
+  }
+  for_each_task(p.grid.tasks(), [&](int64_t task) { kernels<T>().backward(p, task); });
+  if (rows) {
+    kernels<T>().merge_rows(p);
+    std::copy_n(p.dz, N * D, dz.mutable_data_ptr<T>());
+  }
+  if (need_mixture) {
+    const int64_t parts = std::clamp<int64_t>(p.grid.chunks * K * width / kTaskWork, 1, kMaxTasks), step = ceil_div(K, parts);
+    for_each_task(parts, [&](int64_t i) { kernels<T>().merge_mixture(p, std::min(K, i * step), std::min(K, (i + 1) * step)); });
+  }
+  return {dz, dmeans, dlog_vars, dlog_weights};
+}
+
+std::tuple<Tensor, Tensor> gmm_fwd(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
+                                   const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
+                                   bool responsibilities) {
+  const auto f = z.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return f(z, means, log_vars, log_weights, labels, allowed, responsibilities);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(const Tensor& grad, const Tensor& z, const Tensor& means,
+                                                   const Tensor& log_vars, const Tensor& log_weights, const Tensor& log_prob,
+                                                   const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
+                                                   const std::optional<Tensor>& coef, bool need_z, bool need_mixture) {
+  const auto f = z.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return f(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, need_mixture);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
+  m.impl("gmm_fwd", TORCH_BOX(&gmm_fwd));
+  m.impl("gmm_bwd", TORCH_BOX(&gmm_bwd));
+}
+
+}  // namespace
+}  // namespace latent
