@@ -1,0 +1,177 @@
+"""Distributions over representation space, and priors over their parameters.
+
+The prior of a Deep Generative Decoder (Schuster & Krogh 2021, §2.4 and A.7) is a Gaussian mixture p(z | φ) with
+φ = (means, log-variances, weights), and log P(φ) is the sum of
+
+    soft ball on each mean        log r(μ) = −softplus(a (|μ|/b − 1)) − log V_b      radius b, hardness a
+    Dirichlet on the weights      log Dir(π; α, ..., α)
+    Gaussian on log-precisions    log N(−log σ²; m, s²)                              one a component and dimension
+
+V_b is the volume of the hard ball of radius b, as in the authors' code: r is flat inside the ball, and normalised up to
+the mass of its tail. Densities are in the parameters named, with no Jacobian to the logits that are stored.
+
+Each parameter prior is a function of plain tensors. A representation prior is a module whose `forward` is the
+log-density of its argument, with `sample` and `log_prior`.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from .kernels import gmm_log_prob
+
+COVARIANCES = ("diagonal", "isotropic")
+
+
+def soft_ball_log_prob(x: Tensor, radius: float = 10.0, hardness: float = 5.0) -> Tensor:
+    """Log-density of the soft ball at `x` `[..., D]`, in nats, `[...]`; linear in |x| far outside, no overflow."""
+    dim = x.shape[-1]
+    log_volume = dim * (math.log(radius) + 0.5 * math.log(math.pi)) - math.lgamma(1 + dim / 2)
+    return -F.softplus(hardness * (torch.linalg.vector_norm(x, dim=-1) / radius - 1)) - log_volume
+
+
+def uniform_ball(n: int, dim: int, radius: float = 10.0, generator: Generator | None = None) -> Tensor:
+    """`n` points `[n, dim]`, uniform in the ball of `radius`: where the soft ball is flat."""
+    direction = F.normalize(torch.randn(n, dim, generator=generator), dim=-1)
+    return direction * radius * torch.rand(n, 1, generator=generator) ** (1 / dim)
+
+
+def dirichlet_log_prob(log_weights: Tensor, concentration: float = 1.0) -> Tensor:
+    """Log-density of a symmetric Dirichlet at the weights exp(`log_weights`) `[..., K]`, in nats, `[...]`."""
+    K = log_weights.shape[-1]
+    constant = math.lgamma(K * concentration) - K * math.lgamma(concentration)
+    if concentration == 1:  # uniform on the simplex, also at its border, where 0 · −inf would be NaN
+        return log_weights.new_full(log_weights.shape[:-1], constant)
+    return constant + (concentration - 1) * log_weights.sum(-1)
+
+
+def normal_log_prob(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Log-density of N(mean, std²) at each element of `x`, in nats."""
+    return -0.5 * ((x - mean) / std).square() - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+class StandardNormal(nn.Module):
+    """The fixed prior N(0, I) over D dimensions: nothing to learn, and nothing to choose a component from."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(1, dim), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Log-density of `z` `[..., D]`, in nats, `[...]`."""
+        return normal_log_prob(z).sum(-1)
+
+    def log_prior(self) -> Tensor:
+        """log P(φ) of no parameters: zero."""
+        return self.means.new_zeros(())
+
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """`n` points `[n, D]`."""
+        return torch.randn(n, self.means.shape[1], generator=generator, device=self.means.device)
+
+
+class GaussianMixturePrior(nn.Module):
+    """A mixture of K Gaussians over D dimensions with priors on its parameters.
+
+    Args:
+        components: K.
+        dim: D.
+        covariance: "diagonal" (a variance for each component and dimension) or "isotropic" (one for each component).
+        classes: C > 0 gives each of C classes the next K/C components, so that labels choose among components (§2.4).
+        radius, hardness: of the soft ball on the means; the means start uniform inside the ball.
+        concentration: α of the Dirichlet on the weights, which start equal.
+        log_precision_mean, log_precision_std: of the Gaussian on log(1/σ²), which starts at its mean.
+        generator: of the initial means.
+
+    Attributes: `means` `[K, D]`, `log_vars` `[K, D]` or `[K, 1]` (log σ²), `logits` `[K]` (unnormalised log-weights).
+    """
+
+    def __init__(self, components: int, dim: int, *, covariance: str = "diagonal", classes: int = 0,
+                 radius: float = 10.0, hardness: float = 5.0, concentration: float = 1.0,
+                 log_precision_mean: float = 2.0, log_precision_std: float = 2.0,
+                 generator: Generator | None = None) -> None:
+        super().__init__()
+        if components < 1 or dim < 1:
+            raise ValueError(f"A mixture needs at least one component and one dimension, given {components} and {dim}.")
+        if covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {', '.join(COVARIANCES)}, given {covariance!r}.")
+        if classes < 0 or (classes and components % classes):
+            raise ValueError("components must be a multiple of classes, "
+                             f"given {components} components for {classes} classes.")
+        for name, value in (("radius", radius), ("hardness", hardness), ("concentration", concentration),
+                            ("log_precision_std", log_precision_std)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, given {value}.")
+        self.radius, self.hardness, self.concentration = radius, hardness, concentration
+        self.log_precision_mean, self.log_precision_std = log_precision_mean, log_precision_std
+        self.means = nn.Parameter(uniform_ball(components, dim, radius, generator))
+        shape = (components, dim if covariance == "diagonal" else 1)
+        self.log_vars = nn.Parameter(torch.full(shape, -float(log_precision_mean)))
+        self.logits = nn.Parameter(torch.zeros(components))
+        allowed = torch.eye(classes, dtype=torch.bool).repeat_interleave(components // classes, 1) if classes else None
+        self.register_buffer("allowed", allowed, persistent=False)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """log p(z) `[...]` of `z` `[..., D]`, in nats; where a label y is given, log p(z, y).
+
+        `labels`: class of each point, integers `[...]`, −1 where unknown; only for a mixture with `classes`.
+        """
+        return gmm_log_prob(z, self.means, self.log_vars, self.log_weights, **self._allowed(labels))
+
+    def responsibilities(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """p(component | z), or given the label too, `[..., K]`."""
+        return gmm_log_prob(z, self.means, self.log_vars, self.log_weights, **self._allowed(labels),
+                            responsibilities=True)[1]
+
+    def log_prior(self) -> Tensor:
+        """log P(φ), a scalar in nats: counted once for the whole data set in Eq. 3."""
+        return (soft_ball_log_prob(self.means, self.radius, self.hardness).sum()
+                + dirichlet_log_prob(self.log_weights, self.concentration)
+                + normal_log_prob(-self.log_vars, self.log_precision_mean, self.log_precision_std).sum())
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Normalised log π `[K]`."""
+        return self.logits.log_softmax(0)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None, *, components: Tensor | None = None,
+               labels: Tensor | None = None) -> Tensor:
+        """`n` points `[n, D]`: from the whole mixture, from `components` `[n]`, or from the classes `labels` `[n]`."""
+        if components is None:
+            components = self.sample_components(n, generator, labels=labels)
+        elif labels is not None:
+            raise ValueError("Choose the components or the labels to sample from, not both.")
+        K, dim = self.means.shape
+        components = _indices("components", components, n, 0, K, self.means.device)
+        noise = torch.randn(n, dim, generator=generator, device=self.means.device)
+        return self.means[components] + noise * (0.5 * self.log_vars[components]).exp()
+
+    @torch.no_grad()
+    def sample_components(self, n: int, generator: Generator | None = None, *, labels: Tensor | None = None) -> Tensor:
+        """`n` component indices `[n]` by weight; among those of the class, where `labels` `[n]` are given and not −1."""
+        weights = self.log_weights.exp()
+        if labels is None:
+            return torch.multinomial(weights, n, replacement=True, generator=generator)
+        allowed = self._allowed(labels)["allowed"]
+        labels = _indices("labels", labels, n, -1, len(allowed), self.means.device)
+        return torch.multinomial(weights * (allowed[labels] | (labels < 0)[:, None]), 1, generator=generator)[:, 0]
+
+    def _allowed(self, labels: Tensor | None) -> dict[str, Tensor]:
+        if labels is None:
+            return {}
+        if self.allowed is None:
+            raise ValueError("Labels were given to a mixture whose components have no classes; build it with classes=.")
+        return {"labels": labels, "allowed": self.allowed}
+
+
+def _indices(name: str, values: Tensor, n: int, low: int, high: int, device: torch.device) -> Tensor:
+    values = torch.as_tensor(values, device=device)
+    fits = values.shape == (n,) and not values.is_floating_point()
+    if not fits or (n and not low <= int(values.min()) <= int(values.max()) < high):
+        raise ValueError(f"{name} must be {n} integers in [{low}, {high}), one a sample, "
+                         f"given {values.dtype} of shape {list(values.shape)}"
+                         + (f" from {values.min()} to {values.max()}." if values.numel() else "."))
+    return values
