@@ -1,0 +1,167 @@
+"""The arithmetic, indices and barriers of the CUDA kernels, run on the host: no GPU and no nvcc, only a C++ compiler."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from latent_engine.kernels.reference.gmm import gmm_log_prob
+
+HERE = Path(__file__).parent
+EPS = torch.finfo(torch.float32).eps
+POINTERS = ("z", "means", "log_vars", "log_weights", "labels", "allowed")
+SIZES = ("N", "K", "D", "z_row", "z_col", "log_vars_row", "log_vars_col", "z_type", "wave")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = ([(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in SIZES])
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    library = tmp_path_factory.mktemp("cuda") / "emulation.so"
+    done = subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
+                           HERE / "cuda_emulation.cpp", "-o", library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+def run(library, z, means, log_vars, log_weights, labels=None, allowed=None, grad=None, coef=None, resp=True, wave=264):
+    """log_prob, responsibilities and, for `grad`, the four gradients. Outputs start as NaN."""
+    pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
+    (N, D), K = z.shape, means.shape[0]
+    call = Arguments(*(pointer(t) for t in (z, means, log_vars, log_weights, labels, allowed)), N, K, D, *z.stride(),
+                     *log_vars.stride(), TYPES[z.dtype], wave)
+    void = lambda *tensors: [ctypes.c_void_p(pointer(t)) for t in tensors]  # noqa: E731
+    log_prob, r = torch.full((N,), torch.nan), torch.full((N, K), torch.nan) if resp else None
+    library.emulate_forward(ctypes.byref(call), *void(log_prob, r))
+    if grad is None:
+        return log_prob, r
+    grads = [torch.full((N, D), torch.nan, dtype=z.dtype), torch.full((K, D), torch.nan), torch.full((K, D), torch.nan),
+             torch.full((K,), torch.nan)]
+    library.emulate_backward(ctypes.byref(call), *void(grad, log_prob, coef, *grads))
+    return log_prob, r, *grads
+
+
+def expected(dtype, z, means, log_vars, log_weights, labels=None, allowed=None, grad=None, grad_resp=None):
+    """The same from the reference and PyTorch's autograd, in `dtype`."""
+    inputs = [t.detach().to(dtype).requires_grad_() for t in (z, means, log_vars, log_weights)]
+    log_prob, r = gmm_log_prob(*inputs, labels, allowed)
+    total = (log_prob.masked_fill(log_prob == -torch.inf, 0) * grad).sum()
+    if grad_resp is not None:
+        total = total + (r * grad_resp).sum()
+    return [t.detach() for t in (log_prob, r, *torch.autograd.grad(total, inputs))]
+
+
+def assert_within_budget(got, *args, **kwargs):
+    """err <= 2 err(PyTorch's float32) + 4 eps scale, against float64; eps of the output's type."""
+    exact, direct = expected(torch.float64, *args, **kwargs), expected(torch.float32, *args, **kwargs)
+    for name, g, e, d in zip(("log_prob", "resp", "z", "means", "log_vars", "log_weights"), got, exact, direct, strict=True):
+        dead = torch.isinf(e)
+        assert torch.equal(torch.isinf(g), dead), name
+        g, e, d = (t.double()[~dead] for t in (g, e, d))
+        if not e.numel():
+            continue
+        eps = max(EPS, torch.finfo(got[2].dtype).eps / 4) if name == "z" else EPS
+        bound = 2 * (d - e).abs().max() + 4 * eps * e.abs().max()
+        assert (g - e).abs().max() <= bound, f"{name}: {(g - e).abs().max():.3g} > {bound:.3g}"
+
+
+def mixture(N, K, D, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return draw(N, D), draw(K, D), 0.5 * draw(K, D) - 0.5, draw(K).log_softmax(0), draw(N)
+
+
+# Every tile of the table: K <= 16 or more, D <= 4, 16, 32, 64 or several chunks; odd sizes, one and several tiles.
+@pytest.mark.parametrize("wave", [1, 264], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (131, 5, 2), (200, 16, 7), (130, 10, 40), (70, 130, 3), (67, 65, 13),
+                                   (65, 70, 29), (66, 67, 64), (65, 66, 150), (129, 3, 70)], ids=lambda s: "x".join(map(str, s)))
+def test_values_and_gradients(emulation, shape, wave):
+    z, means, log_vars, log_weights, grad = mixture(*shape)
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad, wave=wave)
+    assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["no-labels", "labels"])
+@pytest.mark.parametrize("allowed", [False, True], ids=["no-mask", "mask"])
+@pytest.mark.parametrize("K", [7, 70])
+def test_allowed_components(emulation, labels, allowed, K):
+    z, means, log_vars, log_weights, grad = mixture(70, K, 5)
+    generator = torch.Generator().manual_seed(1)
+    classes = 6 if allowed else K
+    label = torch.randint(-1, classes, (70,), generator=generator) if labels else None
+    mask = torch.rand(classes if labels else 70, K, generator=generator) < 0.3 if allowed else None
+    if mask is not None:
+        mask[2] = False  # rows without any component
+        log_weights[1] = -torch.inf
+    got = run(emulation, z, means, log_vars, log_weights, label, mask, grad)
+    assert_within_budget(got, z, means, log_vars, log_weights, label, mask, grad)
+
+
+def test_given_coefficients_replace_the_recomputed_ones(emulation):
+    z, means, log_vars, log_weights, grad = mixture(70, 20, 70)
+    grad_resp = torch.randn(70, 20, generator=torch.Generator().manual_seed(2))
+    _, r = run(emulation, z, means, log_vars, log_weights)
+    coef = r * (grad_resp - (grad_resp * r).sum(1, keepdim=True)) + r * grad[:, None]
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad, coef=coef)
+    assert_within_budget(got, z, means, log_vars, log_weights, grad=grad, grad_resp=grad_resp)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_and_strided_points(emulation, dtype):
+    wide, means, log_vars, log_weights, grad = mixture(70, 20, 33)
+    z = wide.to(dtype).t().contiguous().t()[::2, 3:20]  # columns first, every second row, an offset
+    means, log_vars, grad = means[:, :17].contiguous(), log_vars[:1, :1].expand(20, 17), grad[:35].contiguous()
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad)
+    assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)
+
+
+def test_extreme_variances_far_modes_and_identical_points(emulation):
+    z, means, _, log_weights, grad = mixture(66, 18, 6)
+    means, log_vars = 10 + means, torch.linspace(-30, 30, 18)[:, None].expand(18, 6)
+    z[:18] = means
+    z[20], means[3] = 1e4, -1e4
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad)
+    assert all(torch.isfinite(t).all() for t in got)
+    assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)
+
+
+def test_nan_reaches_only_what_it_affects(emulation):
+    z, means, log_vars, log_weights, grad = mixture(150, 20, 5)
+    mask = torch.ones(150, 20, dtype=torch.bool)
+    z[3, 1], mask[3, 10:] = torch.nan, False
+    means[7, 2], mask[5:, 7], mask[:3, 7] = torch.nan, False, False  # allowed to rows 3 and 4 only
+    z[9, 0], mask[9] = torch.nan, False
+    log_prob, _, *grads = run(emulation, z, means, log_vars, log_weights, allowed=mask, grad=grad)
+    rows = torch.zeros(150, dtype=torch.bool).index_fill(0, torch.tensor([3, 4]), True)
+    assert torch.equal(log_prob.isnan(), rows)
+    assert torch.equal(grads[0].isnan().any(1), rows)
+    touched = mask[3] | mask[4]  # every component that an affected row may use
+    for g in (grads[1], grads[2], grads[3][:, None]):
+        assert torch.equal(g.isnan().any(1), touched)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 2), (3, 20, 0), (0, 3, 2), (5, 3, 0)], ids=lambda s: "x".join(map(str, s)))
+def test_empty(emulation, shape):
+    z, means, log_vars, log_weights, grad = mixture(*shape)
+    log_prob, r, *grads = run(emulation, z, means, log_vars, log_weights, grad=grad)
+    want = expected(torch.float64, z, means, log_vars, log_weights, grad=grad)
+    torch.testing.assert_close(log_prob.double(), want[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(r.double(), want[1], atol=1e-6, rtol=1e-6)
+    if shape[0]:  # with no rows the binding returns zeros
+        for g, w in zip(grads, want[2:], strict=True):
+            torch.testing.assert_close(g.double(), w, atol=1e-6, rtol=1e-6)
+
+
+def test_many_rows_keep_their_digits(emulation):
+    z, means, log_vars, log_weights, _ = mixture(70_000, 2, 1)
+    grad = torch.ones(70_000)
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad, resp=True, wave=1)
+    assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)
