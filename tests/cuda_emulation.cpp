@@ -1,6 +1,7 @@
-// Runs the kernels of csrc/cuda/gmm.cuh on the host, so that their arithmetic, indices and barriers are tested without a
-// GPU: the threads of a block are coroutines that switch at barriers, in alternating order so that a missing barrier shows.
-// Shared memory and workspaces start as NaN; a write past shared memory is an error. Called by test_cuda_emulation.py.
+// Runs the kernels of csrc/cuda/gmm.cuh on the host, so that their arithmetic, indices and barriers are tested without
+// a GPU: the threads of a block are coroutines that switch at barriers, in alternating order so that a missing barrier
+// shows. Shared memory and workspaces start as NaN; a write past shared memory is an error. Called by
+// test_cuda_emulation.py.
 #include <ucontext.h>
 
 #include <cfloat>
@@ -16,7 +17,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -36,6 +37,7 @@ namespace latent_engine {
 
 constexpr int THREADS = 128, STACK = 1 << 17, MARGIN = 4096;
 static int WAVE = 264;
+static bool reversed;
 enum class Scalar { f32, bf16, f16 };
 
 static ucontext_t scheduler, threads[THREADS];
@@ -68,7 +70,7 @@ static void run_block() {
     threads[t].uc_link = &scheduler;
     makecontext(&threads[t], run_thread, 0);
   }
-  for (bool forward = true; finished == 0; forward = !forward) {
+  for (bool forward = !reversed; finished == 0; forward = !forward) {
     for (int i = 0; i < THREADS; ++i) {
       threadIdx.x = forward ? i : THREADS - 1 - i;
       swapcontext(&scheduler, &threads[threadIdx.x]);
@@ -147,10 +149,10 @@ struct Call {
   const float *means, *log_vars, *log_weights;
   const int64_t* labels;
   const bool* allowed;
-  int64_t N, K, D, z_row, z_col, log_vars_row, log_vars_col, z_type, wave;
+  int64_t N, K, D, z_row, z_col, log_vars_row, log_vars_col, z_type, wave, backwards;
 
   gmm::Problem problem(Workspace& workspace) const {
-    WAVE = static_cast<int>(wave);
+    WAVE = static_cast<int>(wave), reversed = backwards != 0;
     gmm::Problem p{z, static_cast<Scalar>(z_type), z_row, z_col, means, nullptr, nullptr, labels, allowed, N, K, D};
     gmm::prepare_mixture(p, gmm::LogVars{log_vars, log_vars_row, log_vars_col}, log_weights, workspace, 0);
     return p;
@@ -162,8 +164,8 @@ extern "C" void emulate_forward(const Call* call, float* log_prob, float* respon
   gmm::forward(call->problem(workspace), log_prob, responsibilities, workspace, 0);
 }
 
-extern "C" void emulate_backward(const Call* call, const float* grad, const float* log_prob, const float* coef, void* grad_z,
-                                 float* grad_means, float* grad_log_vars, float* grad_log_weights) {
+extern "C" void emulate_backward(const Call* call, const float* grad, const float* log_prob, const float* coef,
+                                 void* grad_z, float* grad_means, float* grad_log_vars, float* grad_log_weights) {
   Workspace workspace;
   const gmm::Problem p = call->problem(workspace);
   const gmm::Upstream up{grad, log_prob, coef};

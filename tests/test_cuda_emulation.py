@@ -1,4 +1,4 @@
-"""The arithmetic, indices and barriers of the CUDA kernels, run on the host: no GPU and no nvcc, only a C++ compiler."""
+"""The arithmetic, indices and barriers of the CUDA kernels, run on the host: needs only a C++ compiler."""
 
 import ctypes
 import shutil
@@ -12,7 +12,8 @@ from latent_engine.kernels.reference.gmm import gmm_log_prob
 HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float32).eps
 POINTERS = ("z", "means", "log_vars", "log_weights", "labels", "allowed")
-SIZES = ("N", "K", "D", "z_row", "z_col", "log_vars_row", "log_vars_col", "z_type", "wave")
+SIZES = ("N", "K", "D", "z_row", "z_col", "log_vars_row", "log_vars_col", "z_type", "wave", "backwards")
+OUTPUTS = ("log_prob", "responsibilities", "z", "means", "log_vars", "log_weights")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -32,14 +33,18 @@ def emulation(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-def run(library, z, means, log_vars, log_weights, labels=None, allowed=None, grad=None, coef=None, resp=True, wave=264):
-    """log_prob, responsibilities and, for `grad`, the four gradients. Outputs start as NaN."""
+def run(library, z, means, log_vars, log_weights, labels=None, allowed=None, grad=None, coef=None, wave=264,
+        backwards=False):
+    """log_prob, responsibilities and, for `grad`, the four gradients. Outputs start as NaN.
+
+    `wave` is the number of blocks that the work is split for; `backwards` lets the last thread of a block run first.
+    """
     pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
     (N, D), K = z.shape, means.shape[0]
     call = Arguments(*(pointer(t) for t in (z, means, log_vars, log_weights, labels, allowed)), N, K, D, *z.stride(),
-                     *log_vars.stride(), TYPES[z.dtype], wave)
+                     *log_vars.stride(), TYPES[z.dtype], wave, backwards)
     void = lambda *tensors: [ctypes.c_void_p(pointer(t)) for t in tensors]  # noqa: E731
-    log_prob, r = torch.full((N,), torch.nan), torch.full((N, K), torch.nan) if resp else None
+    log_prob, r = torch.full((N,), torch.nan), torch.full((N, K), torch.nan)
     library.emulate_forward(ctypes.byref(call), *void(log_prob, r))
     if grad is None:
         return log_prob, r
@@ -62,7 +67,7 @@ def expected(dtype, z, means, log_vars, log_weights, labels=None, allowed=None, 
 def assert_within_budget(got, *args, **kwargs):
     """err <= 2 err(PyTorch's float32) + 4 eps scale, against float64; eps of the output's type."""
     exact, direct = expected(torch.float64, *args, **kwargs), expected(torch.float32, *args, **kwargs)
-    for name, g, e, d in zip(("log_prob", "resp", "z", "means", "log_vars", "log_weights"), got, exact, direct, strict=True):
+    for name, g, e, d in zip(OUTPUTS, got, exact, direct, strict=True):
         dead = torch.isinf(e)
         assert torch.equal(torch.isinf(g), dead), name
         g, e, d = (t.double()[~dead] for t in (g, e, d))
@@ -82,7 +87,7 @@ def mixture(N, K, D, seed=0):
 # Every tile of the table: K <= 16 or more, D <= 4, 16, 32, 64 or several chunks; odd sizes, one and several tiles.
 @pytest.mark.parametrize("wave", [1, 264], ids=["whole", "split"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (131, 5, 2), (200, 16, 7), (130, 10, 40), (70, 130, 3), (67, 65, 13),
-                                   (65, 70, 29), (66, 67, 64), (65, 66, 150), (129, 3, 70)], ids=lambda s: "x".join(map(str, s)))
+                                   (65, 70, 29), (66, 67, 64), (65, 66, 150), (129, 3, 70)], ids=str)
 def test_values_and_gradients(emulation, shape, wave):
     z, means, log_vars, log_weights, grad = mixture(*shape)
     got = run(emulation, z, means, log_vars, log_weights, grad=grad, wave=wave)
@@ -133,13 +138,15 @@ def test_extreme_variances_far_modes_and_identical_points(emulation):
     assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)
 
 
-def test_nan_reaches_only_what_it_affects(emulation):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_nan_reaches_only_what_it_affects(emulation, backwards):
     z, means, log_vars, log_weights, grad = mixture(150, 20, 5)
     mask = torch.ones(150, 20, dtype=torch.bool)
     z[3, 1], mask[3, 10:] = torch.nan, False
     means[7, 2], mask[5:, 7], mask[:3, 7] = torch.nan, False, False  # allowed to rows 3 and 4 only
     z[9, 0], mask[9] = torch.nan, False
-    log_prob, _, *grads = run(emulation, z, means, log_vars, log_weights, allowed=mask, grad=grad)
+    log_prob, _, *grads = run(emulation, z, means, log_vars, log_weights, allowed=mask, grad=grad,
+                                backwards=backwards)
     rows = torch.zeros(150, dtype=torch.bool).index_fill(0, torch.tensor([3, 4]), True)
     assert torch.equal(log_prob.isnan(), rows)
     assert torch.equal(grads[0].isnan().any(1), rows)
@@ -148,7 +155,7 @@ def test_nan_reaches_only_what_it_affects(emulation):
         assert torch.equal(g.isnan().any(1), touched)
 
 
-@pytest.mark.parametrize("shape", [(3, 0, 2), (3, 20, 0), (0, 3, 2), (5, 3, 0)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [(3, 0, 2), (3, 20, 0), (0, 3, 2), (5, 3, 0)], ids=str)
 def test_empty(emulation, shape):
     z, means, log_vars, log_weights, grad = mixture(*shape)
     log_prob, r, *grads = run(emulation, z, means, log_vars, log_weights, grad=grad)
@@ -163,5 +170,5 @@ def test_empty(emulation, shape):
 def test_many_rows_keep_their_digits(emulation):
     z, means, log_vars, log_weights, _ = mixture(70_000, 2, 1)
     grad = torch.ones(70_000)
-    got = run(emulation, z, means, log_vars, log_weights, grad=grad, resp=True, wave=1)
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad, wave=1)
     assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)

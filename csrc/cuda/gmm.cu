@@ -33,7 +33,8 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 }
 
 const float* floats(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "gmm_log_prob: the mixture and its gradients must be float32 on CUDA.");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float,
+                  "gmm_log_prob: the mixture and its gradients must be float32 on CUDA.");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
@@ -84,8 +85,8 @@ class Call {
 
 float* output(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor> gmm_fwd(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, std::optional<Tensor> labels,
-                                   std::optional<Tensor> allowed, bool responsibilities) {
+std::tuple<Tensor, Tensor> gmm_fwd(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights,
+                                   std::optional<Tensor> labels, std::optional<Tensor> allowed, bool responsibilities) {
   Call call(z, means, log_vars, log_weights, labels, allowed);
   const gmm::Problem& p = call.problem;
   Tensor log_prob = empty(means, {p.N});
@@ -94,20 +95,22 @@ std::tuple<Tensor, Tensor> gmm_fwd(Tensor z, Tensor means, Tensor log_vars, Tens
   return {log_prob, resp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights,
-                                                   Tensor log_prob, std::optional<Tensor> labels,
-                                                   std::optional<Tensor> allowed, std::optional<Tensor> coef, bool need_z,
-                                                   bool need_mixture) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(Tensor grad, Tensor z, Tensor means, Tensor log_vars,
+                                                   Tensor log_weights, Tensor log_prob, std::optional<Tensor> labels,
+                                                   std::optional<Tensor> allowed, std::optional<Tensor> coef,
+                                                   bool need_z, bool need_mixture) {
   Call call(z, means, log_vars, log_weights, labels, allowed);
   const gmm::Problem& p = call.problem;
-  const gmm::Upstream up{floats(call.keep(grad)), floats(call.keep(log_prob)), coef ? floats(call.keep(*coef)) : nullptr};
+  const gmm::Upstream up{floats(call.keep(grad)), floats(call.keep(log_prob)),
+                         coef ? floats(call.keep(*coef)) : nullptr};
   const int64_t N = need_z ? p.N : 0, K = need_mixture ? p.K : 0, D = p.D;
   Tensor grad_z = empty(z, {N, need_z ? D : 0}, z.scalar_type());
   Tensor grad_means = empty(means, {K, need_mixture ? D : 0}), grad_log_vars = empty(means, {K, need_mixture ? D : 0});
   Tensor grad_log_weights = empty(means, {K});
   if (need_z) gmm::backward_z(p, up, grad_z.mutable_data_ptr(), call, call.stream);
   if (need_mixture && p.N > 0) {
-    gmm::backward_mixture(p, up, output(grad_means), output(grad_log_vars), output(grad_log_weights), call, call.stream);
+    gmm::backward_mixture(p, up, output(grad_means), output(grad_log_vars), output(grad_log_weights), call,
+                          call.stream);
   } else {
     for (Tensor* t : {&grad_means, &grad_log_vars, &grad_log_weights}) torch::stable::zero_(*t);
   }
