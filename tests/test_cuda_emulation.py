@@ -155,6 +155,19 @@ def test_nan_reaches_only_what_it_affects(emulation, backwards):
         assert torch.equal(g.isnan().any(1), touched)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_infinitely_far_means_and_points_weigh_nothing(emulation, backwards):
+    z, means, log_vars, log_weights, grad = mixture(70, 20, 5)
+    z[40, 0], grad[40] = torch.inf, 1.0
+    means[15, 2] = torch.inf
+    got = run(emulation, z, means, log_vars, log_weights, grad=grad, backwards=backwards)
+    means[15, 2], z[40, 0], grad[40], log_weights[15] = 0.0, 0.0, 0.0, -torch.inf
+    want = run(emulation, z, means, log_vars, log_weights, grad=grad, backwards=backwards)
+    assert got[0][40] == -torch.inf
+    got[0][40], got[1][40] = want[0][40], want[1][40]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(3, 0, 2), (3, 20, 0), (0, 3, 2), (5, 3, 0)], ids=str)
 def test_empty(emulation, shape):
     z, means, log_vars, log_weights, grad = mixture(*shape)

@@ -1,5 +1,5 @@
-// Tiles of rows × components of a Gaussian mixture: their logits, and the weights of the gradients. Notation and formulas
-// are in kernels/gmm.py.
+// Tiles of rows × components of a Gaussian mixture: their logits, and the weights of the gradients. Notation and
+// formulas are in kernels/gmm.py.
 //
 // A block works through tiles, each thread on a few rows times four components in registers, with D in chunks that fit
 // shared memory. δ = z − μ is formed before it is scaled: at μ = 10 and σ² = e^-30 the pre-scaled form z/σ − μ/σ, which
