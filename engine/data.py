@@ -41,6 +41,7 @@ class Data:
         y: int64 `[N]`, or None.
         name, split: what was asked for.
         source: where it came from, for people.
+        binarized: whether the pixels were thresholded.
     """
 
     x: Tensor
@@ -48,6 +49,7 @@ class Data:
     name: str = "tensor"
     split: str = "train"
     source: str = "memory"
+    binarized: bool = False
 
     def __post_init__(self) -> None:
         if self.x.dim() != 4 or self.x.dtype not in (torch.uint8, torch.float32):
@@ -70,7 +72,7 @@ class Data:
         if len(self) and not bool(((x >= 0) & (x <= 1)).all()):
             raise DataError(f"{self.name}: float32 images must lie in [0, 1], given values from {x.min():g} to "
                             f"{x.max():g}. Scale them, or give them as uint8 from 0 to 255.")
-        return replace(self, x=(x > 0.5).float() if binarize else x)
+        return replace(self, x=(x > 0.5).float() if binarize else x, binarized=self.binarized or binarize)
 
 
 def batch_order(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -147,6 +149,7 @@ def _synthetic(split: str) -> Data:
 
 
 _BUILT_IN: dict[str, Callable[[str], Data]] = {"mnist5k": _mnist5k, "digits": _digits, "synthetic": _synthetic}
+NAMES = tuple(_BUILT_IN)
 
 
 def _read(path: Path, name: str, split: str) -> Data:

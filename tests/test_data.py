@@ -58,6 +58,7 @@ def test_pixels_are_floats_in_the_unit_interval():
     data = Data(torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(4, 1, 1, 1))
     assert torch.equal(data.pixels(binarize=False).x.flatten(), torch.tensor([0, 127, 128, 255]) / 255)
     assert data.pixels(binarize=True).x.flatten().tolist() == [0, 0, 1, 1]
+    assert data.pixels(binarize=True).binarized and not data.pixels(binarize=False).binarized
     with pytest.raises(DataError, match=r"must lie in \[0, 1\].*255"):
         Data(torch.full((1, 1, 2, 2), 255.0)).pixels(binarize=True)
     with pytest.raises(DataError, match="nan"):
