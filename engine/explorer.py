@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import ASSETS, DataError
+from .data import ASSETS
 from .extras import require
 from .figures import COLORS, plane
 
@@ -86,7 +86,7 @@ def _sprites(images: Tensor, columns: int) -> dict[str, object]:
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     if max(columns * width, rows * height) > _WEBP_SIDE:
-        raise DataError(f"{n} images of {height}×{width} do not fit one picture of {_WEBP_SIDE} pixels a side; "
+        raise ValueError(f"{n} images of {height}×{width} do not fit one picture of {_WEBP_SIDE} pixels a side; "
                         f"give fewer rows of z and images.")
     sheet = images.new_zeros(rows * columns, channels, height, width)
     sheet[:n] = images

@@ -49,7 +49,7 @@ def evaluate(system: DGD, train: Data, test: Data | None = None) -> dict[str, fl
             nearest = torch.cdist(z, system.prior.means.detach()).argmin(1)
             scores["own_component"] = system.prior.allowed[y, nearest].float().mean().item()
     if test is not None:
-        z_test = system.represent(test.x)
+        z_test = system.represent(test.x, batch_size=250)  # twice as fast as 1000: activations stay in the cache
         scores["test_nll"] = _nll(system, test.x, z_test)
         if system.config.likelihood == "bernoulli":
             mean = train.x.mean(0).clamp(1e-3, 1 - 1e-3).logit()
