@@ -30,21 +30,22 @@ const GmmKernels<double>& kernels() {
 }
 
 constexpr int64_t kTaskWork = 1 << 20;  // pairs × (D + 8) of a task: 20 to 40 µs
-constexpr int64_t kMaxTasks = 64;
+constexpr int64_t kMaxTasks = 32, kFewTasks = 8;
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The cut of N × K pairs. Partial results are at most four times the size of the inputs.
-GmmGrid cut(int64_t N, int64_t K, int64_t D, bool split_components) {
+// The cut of N × K pairs into tasks: first into chunks of at least `rows` rows, with which the kernel is most efficient,
+// then, if that leaves fewer tasks than the work is worth, into splits of components, and last into smaller chunks.
+GmmGrid cut(int64_t N, int64_t K, int64_t D, int64_t rows, bool split_components) {
   const int64_t tasks = std::clamp<int64_t>(N * K * (D + 8) / kTaskWork, 1, kMaxTasks);
-  const int64_t bounded = std::max<int64_t>(1, 4 * (N + K) / std::max<int64_t>(K, 1));
+  const int64_t most_splits = split_components ? std::max<int64_t>(K / 64, 1) : 1;
+  const int64_t chunks = std::max(std::clamp<int64_t>(N / rows, 1, tasks), std::min(tasks, kFewTasks) / most_splits);
   GmmGrid grid;
-  grid.rows = std::max<int64_t>(round_up(ceil_div(N, std::min(tasks, bounded)), 64), 64);
+  grid.rows = std::max<int64_t>(round_up(ceil_div(N, chunks), 64), 64);
   grid.chunks = ceil_div(N, grid.rows);
-  const int64_t missing = split_components && grid.chunks ? tasks / grid.chunks : 1;
-  const int64_t allowed = std::max<int64_t>(1, std::min(4 * (N + K) / std::max<int64_t>(N, 1), K / 64));
-  grid.components = round_up(std::max<int64_t>(ceil_div(K, std::clamp<int64_t>(missing, 1, allowed)), 1), kGmmTile);
+  const int64_t splits = std::clamp<int64_t>(tasks / std::max<int64_t>(grid.chunks, 1), 1, most_splits);
+  grid.components = std::max(round_up(ceil_div(K, splits), kGmmTile), kGmmTile);
   grid.splits = std::max<int64_t>(ceil_div(K, grid.components), 1);
   return grid;
 }
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& means, const T
   const int64_t N = in.rows.N, K = in.mixture.K;
   Tensor log_prob = torch::stable::new_empty(z, {N});
   Tensor resp = torch::stable::new_empty(z, {responsibilities ? N : 0, responsibilities ? K : 0});
-  GmmForward<T> p{in.mixture, in.rows, cut(N, K, in.mixture.D, !responsibilities), log_prob.mutable_data_ptr<T>(),
+  GmmForward<T> p{in.mixture, in.rows, cut(N, K, in.mixture.D, 64, !responsibilities), log_prob.mutable_data_ptr<T>(),
                   responsibilities ? resp.mutable_data_ptr<T>() : nullptr, nullptr, nullptr};
   std::unique_ptr<T[]> partial;
   if (p.grid.splits > 1) {
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   Tensor dlog_weights = torch::stable::new_empty(z, {k});
   GmmBackward<T> p{in.mixture,
                    in.rows,
-                   cut(N, K, D, true),
+                   cut(N, K, D, 512, true),
                    grad.const_data_ptr<T>(),
                    grad.stride(0),
                    saved.const_data_ptr<T>(),

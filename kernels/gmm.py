@@ -84,12 +84,14 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
 
 
 def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Half-precision arguments as float32, and every argument under autocast; CUDA kernels read a half `z` as it is."""
+    """Every argument as float32 under autocast, else the half-precision ones; CUDA kernels read a half `z` as it is."""
     z = tensors[0]
     if not isinstance(z, Tensor):
         raise TypeError(f"gmm_log_prob: z must be a tensor, given {type(z).__name__}.")
     if torch.is_autocast_enabled(z.device.type):
         return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+    if HALF.isdisjoint([getattr(t, "dtype", None) for t in tensors]):
+        return tensors
     keep = z.device.type == "cuda"
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is z) else t for t in tensors)
 

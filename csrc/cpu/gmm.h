@@ -22,7 +22,7 @@ struct GmmMixture {
   int64_t K, D;
   const T *means, *log_vars, *log_weights;
   int64_t means_strides[2], log_vars_strides[2], log_weights_stride;
-  T* packed;     // [tiles][D][means, inverse variances][kGmmTile]
+  T* packed;     // [tiles][means, inverse variances][D][kGmmTile]
   T* constants;  // [tiles · kGmmTile]: log-weight minus the log-normaliser; −inf in the padding
 };
 

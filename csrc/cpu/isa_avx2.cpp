@@ -2,10 +2,11 @@
 // can be linked against a copy that needs this level.
 #include <algorithm>
 #include <cstdint>
-#include <new>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
+#include "scratch.h"
 
 #if defined(__x86_64__)
 #define LATENT_VECTOR_BYTES 32

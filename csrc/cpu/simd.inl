@@ -62,7 +62,7 @@ static inline void store(T* p, Vec<T> v) {
 
 template <class T>
 static inline Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // folds to a broadcast: x − 0 = x for every x, where 0 + x is not for −0
 }
 
 // a where a > b, else b: a NaN in `a` is dropped, and must reach the result some other way.
@@ -110,19 +110,52 @@ static inline Vec<T> log(Vec<T> x) {
   return x == kInf<T> ? x : y;
 }
 
-// Sum over 64 bytes of lanes held in 64 / LATENT_VECTOR_BYTES registers, by halving: lane i with lane i + half.
+// y = f(x) over n values; x and y may be the same.
+template <class T, Vec<T> (*f)(Vec<T>)>
+static void apply(const T* x, T* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store(y + i, f(load(x + i)));
+  if (i == n) return;
+  T lanes[kLanes<T>] = {};
+  std::copy_n(x + i, n - i, lanes);
+  store(lanes, f(load(lanes)));
+  std::copy_n(lanes, n - i, y + i);
+}
+
+template <class T, int bytes>
+struct Sized {
+  typedef T Vec __attribute__((vector_size(bytes)));
+};
+
+// Lanes first, first + 1, ... of v.
+template <int first, class T, class V, int... i>
+static inline auto lanes_from(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (first + i)...);
+}
+
+// Sum of the lanes of v, by halving: lane i with lane i + half.
+template <class T, class V>
+static inline T sum_halves(V v) {
+  constexpr int half = sizeof(V) / sizeof(T) / 2;
+  if constexpr (half == 1) {
+    return v[0] + v[1];
+  } else {
+    using Indices = std::make_integer_sequence<int, half>;
+    const typename Sized<T, half * sizeof(T)>::Vec low = lanes_from<0, T>(v, Indices{}), high = lanes_from<half, T>(v, Indices{});
+    return sum_halves<T>(low + high);
+  }
+}
+
+// Sum over 64 bytes of lanes held in 64 / LATENT_VECTOR_BYTES registers, in the order of sum_halves over one register.
 template <class T>
 static inline T sum_lanes(const Vec<T> (&parts)[64 / LATENT_VECTOR_BYTES]) {
-  T lanes[64 / sizeof(T)];
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   Vec<T> folded[registers];
   for (int i = 0; i < registers; ++i) folded[i] = parts[i];
+#pragma GCC unroll 4
   for (int half = registers / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) folded[i] += folded[i + half];
-  store(lanes, folded[0]);
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return sum_halves<T>(folded[0]);
 }
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));

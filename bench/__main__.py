@@ -1,0 +1,54 @@
+"""`python -m latent_engine.bench`: times ops and the training epoch, prints tables, writes JSON and plots."""
+
+import argparse
+import importlib
+import sys
+
+from .report import print_result, print_summary, write_json, write_plot
+
+SUITES = ("gmm",)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m latent_engine.bench", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)} and dgd (default: all)")
+    parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes 10 s a case")
+    parser.add_argument("--json", metavar="PATH", help="write the results there")
+    parser.add_argument("--plot", metavar="PATH", help="write a chart of the ratios there (PNG or SVG)")
+    options = parser.parse_args(arguments)
+    wanted = options.suites or [*SUITES, *(["dgd"] if options.device == "cpu" else [])]
+    unknown = [name for name in wanted if name not in (*SUITES, "dgd")]
+    if unknown:
+        parser.error(f"unknown suite {unknown[0]!r}; the suites are {', '.join(SUITES)} and dgd")
+    from .suite import run_case
+    from .timing import measure_ceilings
+
+    ceilings = measure_ceilings(options.device)
+    print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, {ceilings.exps / 1e9:.2f} Gexp/s")
+    results = []
+    for name in [n for n in wanted if n in SUITES]:
+        suite = importlib.import_module(f"{__package__}.{name}").SUITE
+        cases = [c for c in suite.cases if not options.case or c in options.case]
+        if not cases:
+            parser.error(f"{name} has no case {options.case[0]!r}; its cases are {', '.join(suite.cases)}")
+        for case in cases:
+            for backward in (False, True):
+                results.append(run_case(suite, case, backward, options.device, ceilings, not options.no_compile))
+                print_result(results[-1])
+    epoch = None
+    if "dgd" in wanted:
+        from .dgd import run_epoch
+
+        epoch = run_epoch(compiled=not options.no_compile)
+    print_summary(results)
+    if options.json:
+        write_json(options.json, options.device, ceilings, results, epoch)
+    if options.plot:
+        write_plot(options.plot, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

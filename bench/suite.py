@@ -1,0 +1,137 @@
+"""Runs the cases of one op against every peer: the same inputs, in the same process, timed in turns."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .timing import Ceilings, Timing, Work, peak_memory, time_calls
+
+TOO_BIG = 8 * 2**30  # bytes of intermediates over which a peer is not run
+OURS = "latent-engine"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An op with its cases and peers; `bench/<op>.py` defines one as SUITE."""
+
+    op: Callable
+    cases: dict[str, tuple[int, ...]]
+    inputs: Callable[[str, torch.dtype, str], tuple[Tensor, ...]]
+    work: Callable[[str, bool], Work]
+    plain: Callable
+    formulas: dict[str, Callable]
+    keops: Callable
+    jax: dict[str, Callable]
+    plain_bytes: Callable[[str], int]
+
+
+@dataclass
+class Result:
+    """One case in one direction. Times in seconds, memory in bytes, errors relative to float64."""
+
+    op: str
+    case: str
+    sizes: tuple[int, ...]
+    backward: bool
+    bound: float
+    limit: str
+    timings: dict[str, Timing] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best_peer(self) -> str | None:
+        peers = [name for name in self.timings if name != OURS]
+        return min(peers, key=lambda name: self.timings[name].median) if peers else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "best_peer": self.best_peer}
+
+
+def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Ceilings, compiled: bool) -> Result:
+    """Checks every peer's values against float64, then times those that passed."""
+    bound, limit = ceilings.bound(suite.work(case, backward))
+    result = Result(suite.op.__name__, case, suite.cases[case], backward, bound, limit)
+    tensors = suite.inputs(case, torch.float32, device)
+    exact = _exact(suite, case, backward, device)
+    calls, outputs = {}, {}
+    for name, build in _peers(suite, case, device, compiled, result).items():
+        call = build(tensors, backward)
+        outputs[name] = call()
+        calls[name] = call
+    result.errors = {name: _error(output, exact) for name, output in outputs.items()}
+    # twice the plain formula's error and a rounding of the result: the budget of every kernel; peers get a thousandth
+    budget = 2 * _error(_torch_call(suite.plain, tensors, backward)(), exact) + 4 * torch.finfo(torch.float32).eps
+    for name in list(calls):
+        if not result.errors[name] <= (budget if name == OURS else 1e-3):
+            result.skipped[name] = f"wrong values: relative error {result.errors[name]:.1e}"
+            del calls[name]
+    del outputs, exact
+    result.memory = {name: peak_memory(call, device) for name, call in calls.items() if not name.startswith("jax")}
+    result.timings = time_calls(calls, device)
+    return result
+
+
+def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result) -> dict[str, Callable]:
+    """Builders `(tensors, backward) -> call` by name; what cannot run is noted in `result.skipped`."""
+    peers = {OURS: _builder(suite.op)}
+    too_big = suite.plain_bytes(case) > TOO_BIG
+    for name, formula in suite.formulas.items():
+        if formula is suite.plain and too_big:
+            result.skipped[name] = "too big"
+        else:
+            peers[name] = _builder(formula)
+        if compiled:
+            peers[f"compiled {name}"] = _builder(torch.compile(formula, dynamic=False))
+    if importlib.util.find_spec("pykeops"):
+        peers["keops"] = _builder(suite.keops)
+    else:
+        result.skipped["keops"] = "not installed"
+    for name, peer in suite.jax.items():
+        if device == "cpu" and importlib.util.find_spec("jax"):
+            peers[name] = peer()
+        else:
+            result.skipped[name] = "not installed" if device == "cpu" else "CPU only"
+    return peers
+
+
+def _builder(formula: Callable) -> Callable:
+    return lambda tensors, backward: _torch_call(formula, tensors, backward)
+
+
+def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
+    if not backward:
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return formula(*tensors)
+        return forward
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+
+    def both() -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = formula(*leaves).sum()
+        return value.detach(), torch.autograd.grad(value, leaves)
+
+    return both
+
+
+def _exact(suite: Suite, case: str, backward: bool, device: str) -> Any:
+    """Values in float64 through the op's own reference, of which the tests show that it is right."""
+    tensors = suite.inputs(case, torch.float64, device)
+    return _torch_call(lambda *args: suite.op(*args, backend="reference"), tensors, backward)()
+
+
+def _flatten(output: Any) -> list[Tensor]:
+    if isinstance(output, (tuple, list)):
+        return [t for part in output for t in _flatten(part)]
+    return [output if isinstance(output, Tensor) else torch.tensor(output.tolist())]
+
+
+def _error(output: Any, exact: Any) -> float:
+    """The largest relative norm error over values and gradients."""
+    pairs = zip(_flatten(output), _flatten(exact), strict=True)
+    return max(((a.to(b) - b).norm() / b.norm()).item() for a, b in pairs)

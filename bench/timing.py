@@ -1,0 +1,118 @@
+"""Medians of interleaved repetitions, peak memory of a call, and the machine's ceilings."""
+
+import ctypes
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SAMPLE = 2e-3  # seconds a sample should last, so that the clock and the call's jitter do not matter
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median, and the 20th and 80th percentiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def _clock(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds a call over `repeats` calls; on CUDA the device's own time."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 15) -> dict[str, Timing]:
+    """Times all calls in turns, so that a disturbance of the machine hits all of them; over a second a call: 3 rounds."""
+    repeats, samples = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        for _ in range(2):
+            call()
+        once = min(_clock(call, 1, device) for _ in range(2))
+        repeats[name] = max(1, round(SAMPLE / max(once, 1e-7)))
+        if once > 1:
+            rounds = 3
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(_clock(call, repeats[name], device))
+    return {name: Timing(statistics.median(s), *(statistics.quantiles(s, n=5)[i] for i in (0, 3))) for name, s in samples.items()}
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int | None:
+    """Bytes above the level before the call, at their highest; None where the system cannot tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _kilobytes(status, "VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        call()
+        return max(0, _kilobytes(status, "VmHWM") - before) * 1024
+    except (OSError, AttributeError):
+        return None
+
+
+def _kilobytes(status: Path, key: str) -> int:
+    return int(re.search(rf"{key}:\s+(\d+)", status.read_text()).group(1))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do, measured in this run: bytes read plus written, fp32 FMAs and exps a second."""
+
+    bytes: float
+    fmas: float
+    exps: float
+
+    def bound(self, work: "Work") -> tuple[float, str]:
+        """The least time for `work`, and which ceiling sets it."""
+        times = {"bytes": work.bytes / self.bytes, "FMA": work.fmas / self.fmas, "exp": work.exps / self.exps}
+        limit = max(times, key=times.get)
+        return times[limit], limit
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must at least do: bytes of inputs and outputs, FMA-pipe operations, exps."""
+
+    bytes: float
+    fmas: float
+    exps: float
+
+
+def measure_ceilings(device: str) -> Ceilings:
+    """Copy bandwidth out of cache, an SGEMM for the FMA rate, and torch.exp in cache."""
+    n = 2**26 if device == "cuda" else 2**24
+    source = torch.rand(n, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if device == "cuda" else 1536
+    a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
+    x = torch.rand(2**22 if device == "cuda" else 2**17, device=device)
+    y = torch.empty_like(x)
+    times = time_calls({"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b),
+                        "exp": lambda: torch.exp(x, out=y)}, device, rounds=9)
+    return Ceilings(8 * n / times["copy"].low, side**3 / times["gemm"].low, x.numel() / times["exp"].low)

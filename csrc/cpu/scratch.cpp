@@ -1,0 +1,30 @@
+#include "scratch.h"
+
+#include <new>
+
+namespace latent {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+struct Block {
+  void* data = nullptr;
+  std::size_t size = 0;
+  ~Block() { ::operator delete(data, kAlignment); }
+};
+
+}  // namespace
+
+void* scratch(std::size_t bytes) {
+  thread_local Block block;
+  if (bytes > block.size) {
+    ::operator delete(block.data, kAlignment);
+    block.data = nullptr;
+    block.size = 0;
+    block.data = ::operator new(bytes, kAlignment);
+    block.size = bytes;
+  }
+  return block.data;
+}
+
+}  // namespace latent
