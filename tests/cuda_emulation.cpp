@@ -1,7 +1,7 @@
 // Runs the kernels of csrc/cuda/gmm.cuh on the host, so that their arithmetic, indices and barriers are tested without
 // a GPU: the threads of a block are coroutines that switch at barriers, in alternating order so that a missing barrier
 // shows. Shared memory and workspaces start as NaN; a write past shared memory is an error. Called by
-// test_cuda_emulation.py.
+// test_gpu_kernels.py.
 #include <ucontext.h>
 
 #include <cfloat>
@@ -143,7 +143,7 @@ struct Workspace {
 
 }  // namespace
 
-// The arguments of both calls; mirrored by `Arguments` in test_cuda_emulation.py.
+// The arguments of both calls; mirrored by `Arguments` in test_gpu_kernels.py.
 struct Call {
   const void* z;
   const float *means, *log_vars, *log_weights;
