@@ -42,7 +42,7 @@ def _is_allowed(allowed, sets, n, k, N, K, HAS_LABELS: tl.constexpr, HAS_ALLOWED
     elif HAS_LABELS:
         return (sets == k) | (sets < 0)
     else:
-        return n < N
+        return n >= 0
 
 
 @triton.jit

@@ -1,0 +1,70 @@
+"""The CUDA library as the install built it, and what its kernels need of the device; no GPU is used."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from latent_engine.kernels import native
+from torch.utils.cpp_extension import include_paths
+
+LIBRARY = Path(native.__file__).with_name("_C_cuda.so")
+SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+NVCC = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+built = pytest.mark.skipif(not LIBRARY.exists(), reason="installed without the CUDA library")
+
+
+@pytest.fixture(scope="module")
+def undefined_symbols():
+    """(kind, name) of what the library leaves to be found at load; kind "w" is weak."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm (binutils)")
+    lines = subprocess.run(["nm", "-uD", LIBRARY], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [tuple(line.split()) for line in lines]
+
+
+@built
+def test_library_registers_the_primitives_in_a_fresh_process():
+    program = ("from latent_engine.kernels import native; import torch; assert native._cuda_missing is None, "
+               "native._cuda_missing; assert all(torch._C._dispatch_has_kernel_for_dispatch_key("
+               "'latent_engine::' + name, 'CUDA') for name in ('gmm_fwd', 'gmm_bwd'))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@built
+def test_library_uses_only_the_stable_interface_of_torch(undefined_symbols):
+    headers = [Path(torch.__file__).parent / "include/torch/csrc" / h
+               for h in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")]
+    text = re.sub(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_1[2-9].*?#endif // TORCH_FEATURE_VERSION", "",
+                  "".join(h.read_text() for h in headers), flags=re.DOTALL)  # what torch 2.11 does not have yet
+    declared = set(re.findall(r"\b(?:aoti_)?torch_\w+", text))
+    names = [name.split("@")[0] for _, name in undefined_symbols]
+    assert not [n for n in names if re.match(r"_ZNK?(2at|3c10|5torch)", n)]
+    used = {n for n in names if n.startswith(("torch_", "aoti_torch_"))}
+    assert used, "the library registers nothing with torch"
+    assert used <= declared
+    assert not [n for n in names if n.startswith("cuda")], "the CUDA runtime must be linked statically"
+
+
+@built
+def test_only_the_stream_of_a_cuda_torch_is_optional(undefined_symbols):
+    weak = {name for kind, name in undefined_symbols if kind == "w" and "torch" in name}
+    assert weak == {"aoti_torch_get_current_cuda_stream"}
+
+
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_kernels_keep_their_tiles_in_registers(source, tmp_path):
+    flags = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run([NVCC, *flags, *(f"-I{p}" for p in include_paths()), source, "-o", tmp_path / "out.cubin"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stdout + done.stderr)
+    assert len(spills) > 10
+    assert all(pair == ("0", "0") for pair in spills), spills
