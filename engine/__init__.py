@@ -1,3 +1,46 @@
-"""Latent Engine: fast, exact kernels for latent-variable generative models, and a thin model layer on top."""
+"""Latent Engine: fast, exact kernels for latent-variable generative models, and a thin model layer on top.
+
+    from latent_engine import DGD, DGDConfig, fit, load_data
+
+    data = load_data("mnist5k").pixels(binarize=True)
+    system = DGD.for_data(DGDConfig(), data)
+    fit(system, data, run_dir="runs/dgd")
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Imported at first use: `import latent_engine`, and so the help of the command line, does without torch's second.
+_PUBLIC = {
+    "Batch": "system:Batch",
+    "CheckpointError": "checkpoint:CheckpointError",
+    "DGD": "systems.dgd:DGD",
+    "DGDConfig": "systems.dgd:DGDConfig",
+    "Data": "data:Data",
+    "GaussianMixturePrior": "priors:GaussianMixturePrior",
+    "OptimizerConfig": "system:OptimizerConfig",
+    "PRESETS": "systems:PRESETS",
+    "Phase": "system:Phase",
+    "StandardNormal": "priors:StandardNormal",
+    "System": "system:System",
+    "TrainConfig": "trainer:TrainConfig",
+    "fit": "trainer:fit",
+    "load_data": "data:load",
+    "load_system": "systems:load_system",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

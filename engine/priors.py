@@ -38,6 +38,16 @@ def uniform_ball(n: int, dim: int, radius: float = 10.0, generator: Generator | 
     return direction * radius * torch.rand(n, 1, generator=generator) ** (1 / dim)
 
 
+def spread_ball(n: int, dim: int, radius: float = 10.0, generator: Generator | None = None) -> Tensor:
+    """`n` points `[n, dim]` of the ball, apart: each is the farthest from those before it of 10 `n` uniform ones."""
+    chosen = uniform_ball(1, dim, radius, generator)
+    for _ in range(n - 1):
+        offers = uniform_ball(10 * n, dim, radius, generator)
+        farthest = torch.cdist(offers, chosen).min(1).values.argmax()
+        chosen = torch.cat([chosen, offers[farthest, None]])
+    return chosen
+
+
 def dirichlet_log_prob(log_weights: Tensor, concentration: float = 1.0) -> Tensor:
     """Log-density of a symmetric Dirichlet at the weights exp(`log_weights`) `[..., K]`, in nats, `[...]`."""
     K = log_weights.shape[-1]
@@ -80,7 +90,8 @@ class GaussianMixturePrior(nn.Module):
         dim: D.
         covariance: "diagonal" (a variance for each component and dimension) or "isotropic" (one for each component).
         classes: C > 0 gives each of C classes the next K/C components, so that labels choose among components (§2.4).
-        radius, hardness: of the soft ball on the means; the means start uniform inside the ball.
+        radius, hardness: of the soft ball on the means. The means start uniform inside the ball; with `classes` they
+            also start apart, for classes that start on top of each other are not driven apart by training.
         concentration: α of the Dirichlet on the weights, which start equal.
         log_precision_mean, log_precision_std: of the Gaussian on log(1/σ²), which starts at its mean.
         generator: of the initial means.
@@ -106,7 +117,8 @@ class GaussianMixturePrior(nn.Module):
                 raise ValueError(f"{name} must be positive, given {value}.")
         self.radius, self.hardness, self.concentration = radius, hardness, concentration
         self.log_precision_mean, self.log_precision_std = log_precision_mean, log_precision_std
-        self.means = nn.Parameter(uniform_ball(components, dim, radius, generator))
+        place = spread_ball if classes else uniform_ball
+        self.means = nn.Parameter(place(components, dim, radius, generator))
         shape = (components, dim if covariance == "diagonal" else 1)
         self.log_vars = nn.Parameter(torch.full(shape, -float(log_precision_mean)))
         self.logits = nn.Parameter(torch.zeros(components))
@@ -151,7 +163,7 @@ class GaussianMixturePrior(nn.Module):
 
     @torch.no_grad()
     def sample_components(self, n: int, generator: Generator | None = None, *, labels: Tensor | None = None) -> Tensor:
-        """`n` component indices `[n]` by weight; among those of the class, where `labels` `[n]` are given and not −1."""
+        """`n` component indices `[n]` by weight, among those of the class where a label is given (`[n]`, −1: none)."""
         weights = self.log_weights.exp()
         if labels is None:
             return torch.multinomial(weights, n, replacement=True, generator=generator)

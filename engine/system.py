@@ -6,10 +6,14 @@ rest:
     system.loss(batch, "main")["total"].backward()
 """
 
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 from torch import Generator, Tensor, nn
+
+from . import checkpoint
+from .data import Data
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,17 @@ class Batch:
     x: Tensor
     index: Tensor
     y: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer of one child: Adam or SGD of PyTorch, or their twins for the rows of a latent table (`latents`)."""
+
+    name: Literal["adam", "sgd", "row_adam", "row_sgd"]
+    lr: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0  # of sgd and row_sgd
+    betas: tuple[float, float] = (0.9, 0.999)  # of adam and row_adam
 
 
 @dataclass(frozen=True)
@@ -32,10 +47,29 @@ class Phase:
 
 
 class System(nn.Module):
-    """A model with its objective. Subclasses define `loss` and `sample`, and override the rest where they need it."""
+    """A model with its objective.
 
+    Subclasses define `name`, `config_type`, `for_data`, `arguments`, `loss` and `sample`, and the rest as they need it.
+    `config` is a frozen dataclass; its field `optim` has an `OptimizerConfig` for each child that a phase updates.
+    """
+
+    name: str
+    config_type: type
     config: Any
+    reduction: Literal["mean", "sum"] = "mean"  # of `loss` over the rows of a batch
     local: tuple[str, ...] = ()  # rank-local children (a latent table): never wrapped, gradients divided by world size
+
+    @classmethod
+    def for_data(cls, config: Any, data: Data) -> Self:
+        """A new system for the rows and shape of `data`."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that build the system again, as JSON can hold them; modules given by the user are left out."""
+        raise NotImplementedError
+
+    def check(self, data: Data) -> None:
+        """Raises ValueError if the system cannot be trained on `data`."""
 
     def phases(self) -> tuple[Phase, ...]:
         """Who steps when; by default one phase in which every child with trainable parameters steps."""
@@ -51,7 +85,27 @@ class System(nn.Module):
         raise NotImplementedError
 
     def after_step(self, step: int) -> None:
-        """Called after each optimiser step of the last phase."""
+        """Called after each step of the trainer."""
 
     def after_epoch(self, epoch: int) -> None:
         """Called after each pass over the data."""
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` into `folder`."""
+        checkpoint.save_system(folder, self)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], **modules: nn.Module) -> Self:
+        """A system from what `save` wrote, or from a run directory. Modules that were given by hand are given again.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or of another system.
+        """
+        description = checkpoint.read_description(folder)
+        if description["system"] != cls.name:
+            raise checkpoint.CheckpointError(f"{folder} holds a system {description['system']!r}, not {cls.name!r}.")
+        arguments = dict(description["arguments"])
+        config = checkpoint.from_dict(cls.config_type, arguments.pop("config"))
+        system = cls(config, **arguments, **modules)
+        checkpoint.load_weights(folder, system)
+        return system.eval()

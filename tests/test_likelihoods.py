@@ -32,7 +32,8 @@ def test_bernoulli_is_finite_at_extreme_logits():
 def test_gaussian_sums_over_the_features_of_a_row(rng):
     mean, x = rng.normal(size=(2, *SHAPE))
     expected = stats.norm(mean, 0.3).logpdf(x).reshape(4, -1).sum(1)
-    np.testing.assert_allclose(gaussian_log_prob(torch.from_numpy(mean), torch.from_numpy(x), 0.3), expected, rtol=1e-10)
+    found = gaussian_log_prob(torch.from_numpy(mean), torch.from_numpy(x), 0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(0.3)], ids=["bernoulli", "gaussian"])

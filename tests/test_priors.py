@@ -86,6 +86,12 @@ def test_the_initial_mixture_sits_inside_the_ball_with_equal_weights():
     assert (prior.log_vars == -1).all()
 
 
+def test_components_of_classes_start_apart():
+    """Ten points fit into a disc of radius 10 at distances of up to 6.2; uniform ones come as close as 1."""
+    closest = [torch.pdist(GaussianMixturePrior(10, 2, classes=10).means.detach()).min() for _ in range(20)]
+    assert min(closest) > 3
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_soft_ball_integrates_to_one_but_for_its_tail(dim):
     """∫ r over R^D exceeds the hard ball's volume by the tail, which a hardness of 50 makes small."""
