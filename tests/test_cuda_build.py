@@ -61,7 +61,7 @@ def test_only_the_stream_of_a_cuda_torch_is_optional(undefined_symbols):
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_kernels_keep_their_tiles_in_registers(source, tmp_path):
-    flags = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas", "-v", "-cubin"]
+    flags = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-arch=sm_90a", "-Xptxas=-v", "-cubin"]
     done = subprocess.run([NVCC, *flags, *(f"-I{p}" for p in include_paths()), source, "-o", tmp_path / "out.cubin"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
