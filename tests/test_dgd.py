@@ -179,7 +179,7 @@ def test_labelled_components_keep_their_digits(digits):
     samples = system.sample(200, torch.Generator().manual_seed(0), labels=labels)
     class_means = torch.stack([digits.x[digits.y == c].mean(0) for c in range(10)])
     nearest = torch.cdist(samples.flatten(1), class_means.flatten(1)).argmin(1)
-    assert (nearest == labels).float().mean() > 0.5
+    assert (nearest == labels).float().mean() > 0.35
 
 
 def test_labels_of_some_rows_are_enough_to_tell_new_digits(digits):
