@@ -88,7 +88,8 @@ struct Inputs {
                workspace.get(),
                workspace.get() + padded * 2 * D};
     rows = {z.size(0), z.const_data_ptr<T>(), {z.stride(0), z.stride(1)},
-            labels ? labels->const_data_ptr<int64_t>() : nullptr, allowed ? allowed->const_data_ptr<bool>() : nullptr};
+            labels ? labels->const_data_ptr<int64_t>() : nullptr, allowed ? allowed->const_data_ptr<bool>() : nullptr,
+            allowed ? allowed->size(0) : K};
     kernels<T>().pack(mixture);
   }
 };

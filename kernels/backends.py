@@ -9,7 +9,7 @@ reference, which serves everything, and `explain` tells why it got there.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,12 +46,17 @@ class Support:
 class Op:
     """One public op: its name, the primitive that a backend must have, and what each backend serves.
 
-    `support` is in the order of the automatic choice; the reference serves every call and is not listed.
+    `support` is in the order of the automatic choice; the reference serves every call and is not listed. What is missing
+    here is looked up once, when the op is defined: its primitive must exist by then.
     """
 
     name: str
     primitive: str
     support: dict[str, Support]
+    missing: dict[str, str | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "missing", {b: native.missing(b, self.primitive) for b in self.support})
 
     def rejection(self, backend: str, x: Tensor) -> str | None:
         """Why `backend` cannot serve a call whose first tensor is `x`, or None if it can."""
@@ -59,9 +64,8 @@ class Op:
             return None
         if backend not in self.support:
             return f"has no {self.name} kernel"
-        missing = native.missing(backend, self.primitive)
-        if missing:
-            return missing
+        if self.missing[backend]:
+            return self.missing[backend]
         if backend == "triton" and native.TRITON_INTERPRETED and x.device.type == "cpu":
             return None
         return self.support[backend].rejection(x)
@@ -142,8 +146,7 @@ def _cell(op: Op, backend: str) -> str:
         return "not written"
     support = op.support[backend]
     served = f"{'/'.join(support.devices)}: {', '.join(str(t).removeprefix('torch.') for t in support.dtypes)}"
-    reason = native.missing(backend, op.primitive)
-    return f"{served} ({reason})" if reason else served
+    return f"{served} ({op.missing[backend]})" if op.missing[backend] else served
 
 
 set_backend(os.environ.get("LATENT_ENGINE_BACKEND") or None)

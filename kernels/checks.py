@@ -33,8 +33,11 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], m
 
 
 def check_indices(op: str, name: str, indices: Tensor, low: int, high: int) -> None:
-    """All of `indices` lie in [low, high): an error at once on CPU, an asynchronous device assert on CUDA."""
-    if torch.compiler.is_compiling() or indices.numel() == 0:
+    """All of `indices` lie in [low, high): an error at once on CPU, an asynchronous device assert on CUDA.
+
+    Compiled graphs do not check, nor does a call under vmap, whose batching rule checks the folded tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(indices) or indices.numel() == 0:
         return
     if indices.device.type != "cpu":
         torch._assert_async(((indices >= low) & (indices < high)).all(), f"{op}: {name} must lie in [{low}, {high})")

@@ -23,13 +23,6 @@ from .checks import HALF, check_floats, check_indices, check_shape
 from .library import Differentiable, Primitive
 from .reference import gmm as reference
 
-OP = register(Op("gmm_log_prob", "gmm_fwd", {
-    "cpp": Support(("cpu",), (torch.float32, torch.float64)),
-    "triton": Support(("cuda",), (torch.float32, *HALF)),
-    "cuda": Support(("cuda",), (torch.float32, *HALF)),
-}))
-
-
 def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, *, labels: Tensor | None = None,
                  allowed: Tensor | None = None, responsibilities: bool = False,
                  backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,7 +73,7 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
         log_prob, resp = _gmm(name, z, means, log_vars, log_weights, labels, allowed, responsibilities)
     if len(lead) != 1:
         log_prob = log_prob.reshape(lead)
-    return (log_prob, resp.reshape(*lead, -1)) if responsibilities else log_prob
+    return (log_prob, resp.reshape(*lead, means.shape[0])) if responsibilities else log_prob
 
 
 def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,11 +81,12 @@ def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     z = tensors[0]
     if not isinstance(z, Tensor):
         raise TypeError(f"gmm_log_prob: z must be a tensor, given {type(z).__name__}.")
-    if torch.is_autocast_enabled(z.device.type):
+    device = z.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
     if HALF.isdisjoint([getattr(t, "dtype", None) for t in tensors]):
         return tensors
-    keep = z.device.type == "cuda"
+    keep = device == "cuda"
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is z) else t for t in tensors)
 
 
@@ -158,9 +152,15 @@ BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor 
                 "Tensor log_prob, Tensor? labels, Tensor? allowed, Tensor? coef, bool need_z, bool need_mixture) "
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
 
+OP = register(Op("gmm_log_prob", "gmm_fwd", {
+    "cpp": Support(("cpu",), (torch.float32, torch.float64)),
+    "triton": Support(("cuda",), (torch.float32, *HALF)),
+    "cuda": Support(("cuda",), (torch.float32, *HALF)),
+}))
+
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, _responsibilities = inputs
+    *tensors, ctx.responsibilities = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -168,6 +168,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, bwd, grad, grad_resp):
     *tensors, log_prob, resp = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
+    grad_resp = grad_resp if ctx.responsibilities else None
     if grad is None and grad_resp is None:
         return (None,) * 7
     if torch.is_grad_enabled():  # double backward
@@ -203,7 +204,10 @@ def _vmap(call, info, in_dims, z, means, log_vars, log_weights, labels, allowed,
         return tensor.reshape(-1, *tensor.shape[2:])
 
     rows = fold(z, in_dims[0])
-    labels_ = None if labels is None else fold(labels, in_dims[4])
+    labels_ = None
+    if labels is not None:
+        labels_ = fold(labels, in_dims[4])
+        check_indices("gmm_log_prob", "labels", labels_, -1, means.shape[0] if allowed is None else allowed.shape[0])
     allowed_ = fold(allowed, in_dims[5]) if allowed is not None and labels is None else allowed
     log_prob, resp = call(rows, means, log_vars, log_weights, labels_, allowed_, responsibilities)
     return ((log_prob.unflatten(0, (info.batch_size, -1)),

@@ -6,7 +6,6 @@ the dispatcher. Neither is needed: without them the PyTorch reference serves eve
 
 import importlib.util
 import os
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -44,20 +43,19 @@ cpp, _cpp_missing = _load_cpp()
 _cuda_missing = _load_cuda()
 
 
-@cache
 def missing(backend: str, primitive: str) -> str | None:
     """Why `backend` has no `primitive` in this process, or None if it has."""
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "needs the package triton, which is not installed"
-        if not TRITON_INTERPRETED and not torch.cuda.is_available():
-            return "needs a CUDA device, and torch sees none"
-        return None
+        return None if TRITON_INTERPRETED else _no_device()
     reason, key = (_cpp_missing, "CPU") if backend == "cpp" else (_cuda_missing, "CUDA")
     if reason:
         return reason
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{library.NAMESPACE}::{primitive}", key):
         return f"was built before {primitive} was added: build it again"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "needs a CUDA device, and torch sees none"
-    return None
+    return _no_device() if backend == "cuda" else None
+
+
+def _no_device() -> str | None:
+    return None if torch.cuda.device_count() else "needs a CUDA device, and torch sees none"

@@ -31,8 +31,9 @@ struct GmmRows {
   int64_t N;
   const T* z;
   int64_t z_strides[2];
-  const int64_t* labels;  // [N] or null
-  const bool* allowed;    // [C, K] with labels, [N, K] without, or null; contiguous
+  const int64_t* labels;  // [N] or null; negative: every component; classes or above: none
+  const bool* allowed;    // [classes, K] with labels, [N, K] without, or null; contiguous
+  int64_t classes;
 };
 
 template <class T>

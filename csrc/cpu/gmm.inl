@@ -99,9 +99,9 @@ static void gmm_mask(const GmmRows<T>& rows, int64_t K, int64_t row, int64_t n, 
   for (int64_t i = 0; i < n; ++i) {
     const int64_t label = rows.labels ? rows.labels[row + i] : row + i;
     if (label < 0) continue;
-    const bool* allowed = rows.allowed ? rows.allowed + label * K : nullptr;
+    const bool* allowed = rows.allowed && label < rows.classes ? rows.allowed + label * K : nullptr;
     for (int64_t k = first; k < last; ++k)
-      if (!(allowed ? allowed[k] : k == label)) logits[(k - first) * stride + i] = -kInf<T>;
+      if (!(allowed ? allowed[k] : k == label && !rows.allowed)) logits[(k - first) * stride + i] = -kInf<T>;
   }
 }
 
@@ -259,10 +259,10 @@ static void gmm_backward_block(const GmmBackward<T>& p, int64_t row, int64_t n, 
                                T* dzt, T* coefs, T* grad, T* shift, T* moments) {
   const int64_t K = p.mixture.K, D = p.mixture.D, padded = round_up(n, kGroup<T>);
   gmm_load_rows(p.rows, row, n, padded, D, zt, stride);
-  for (int64_t i = 0; i < padded; ++i) {
-    const T log_prob = p.log_prob[row + std::min(i, n - 1)];
-    grad[i] = i < n ? p.grad[(row + i) * p.grad_stride] : T(0);
-    shift[i] = log_prob == -kInf<T> ? kInf<T> : log_prob;
+  for (int64_t i = 0; i < padded; ++i) {  // the padding weighs nothing, whatever its logits
+    const bool counts = i < n && p.log_prob[row + i] != -kInf<T>;
+    grad[i] = counts ? p.grad[(row + i) * p.grad_stride] : T(0);
+    shift[i] = counts ? p.log_prob[row + i] : kInf<T>;
   }
   if (need_z) std::fill_n(dzt, D * stride, T(0));
   for (int64_t k = k0; k < k1; k += kComponents) {

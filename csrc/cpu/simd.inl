@@ -17,9 +17,10 @@ struct Simd<float> {
   // ln 2 in two parts; the first has trailing zeros, so that n·hi is exact without FMA.
   static constexpr float ln2_hi = 0.69287109375f, ln2_lo = 2.7608680994530943e-04f;
   static constexpr float exp_min = -87.33654f, exp_max = 88.37626f;
-  // (exp r − 1 − r) / r² on |r| ≤ ln2/2, and (log((1+s)/(1−s)) − 2s) / s³ in s² on s ≤ 0.1716: Chebyshev interpolants.
-  static constexpr float exp_poly[] = {0.5f, 0.16666576266288757f, 0.041666556149721146f, 0.008363203145563602f,
-                                       0.0013926213141530752f};
+  // (exp r − 1 − r) / r² on |r| ≤ ln2/2: minimax in the relative error of exp, 3.6e-9. (log((1+s)/(1−s)) − 2s) / s³ in s² on
+  // s ≤ 0.1716: Chebyshev interpolant.
+  static constexpr float exp_poly[] = {0.5f, 0.16666534543037415f, 0.041667237877845764f, 0.008367509581148624f,
+                                       0.0013863756321370602f};
   static constexpr float log_poly[] = {0.6666666865348816f, 0.4000012278556824f, 0.28550779819488525f,
                                        0.23331613838672638f};
 };
@@ -35,6 +36,7 @@ struct Simd<double> {
   static constexpr double round = 6755399441055744.0;  // 1.5·2^52
   static constexpr double ln2_hi = 0.6931471803691238, ln2_lo = 1.9082149292705877e-10;
   static constexpr double exp_min = -708.3964185322641, exp_max = 709.4361393;
+  // Chebyshev interpolants of the same functions.
   static constexpr double exp_poly[] = {0.5, 0.1666666666666667, 0.04166666666666667, 0.008333333333326112,
                                         0.001388888888888373, 0.0001984126987490126, 2.4801587325605324e-05,
                                         2.7557255297969643e-06, 2.755727357010214e-07, 2.5105259538448494e-08,
@@ -86,7 +88,7 @@ static inline Vec<T> exp(Vec<T> x) {
   const Vec<T> shifted = x * T(1.4426950408889634) + S::round;
   const Vec<T> n = shifted - S::round;
   const Vec<T> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
-  const Vec<T> p = (horner(S::exp_poly, r) * r) * r + r + T(1);
+  const Vec<T> p = (horner(S::exp_poly, r) * r + T(1)) * r + T(1);
   const Vec<T> y = p * (Vec<T>)(((IntVec)shifted << S::mantissa) + S::one);
   const Vec<T> clipped = x < S::exp_min ? Vec<T>{} : y;
   return x > S::exp_max ? broadcast<T>(kInf<T>) : clipped;

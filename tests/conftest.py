@@ -1,0 +1,47 @@
+"""Set-up shared by all tests.
+
+Without a CUDA device the Triton kernels run in Triton's interpreter, on CPU tensors; it must be asked for before Triton is
+imported. Uninitialised tensors from `torch.empty` hold NaN, so that an output a kernel forgot to write shows.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+from latent_engine.kernels import native  # noqa: E402
+
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty():
+    """`torch.empty` fills with NaN in deterministic mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def implementations() -> list[str]:
+    """Ids of everything that can run an op here: each backend, the C++ one at each instruction-set level."""
+    names = [f"cpp-{isa}" for isa in native.cpp.cpu_isas()] if native.cpp else []
+    if torch.cuda.is_available():
+        return [*names, "triton", "cuda"]
+    return [*names, "triton"] if native.missing("triton", "gmm_fwd") is None else names
+
+
+@pytest.fixture(params=implementations())
+def implementation(request):
+    """(backend, device) of each implementation; the instruction-set level is set for the test."""
+    backend, _, isa = request.param.partition("-")
+    if isa:
+        before = native.cpp.cpu_isa()
+        native.cpp.set_cpu_isa(isa)
+        yield backend, "cpu"
+        native.cpp.set_cpu_isa(before)
+    else:
+        yield backend, "cuda" if torch.cuda.is_available() else "cpu"

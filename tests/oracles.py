@@ -1,0 +1,60 @@
+"""Independent implementations to compare with, and the error budget."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def longdouble(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().double().numpy().astype(np.longdouble)
+
+
+def gmm(z, means, log_vars, log_weights, mask=None, grad=None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Log-density, responsibilities and the four gradients for the incoming gradient `grad`, in 80-bit arithmetic.
+
+    The second list holds the scale of each: the sum of the magnitudes of its terms, of which those with a density carry the
+    size of its logarithm, because an error of eps·size there is one of eps·size in the density.
+    """
+    z, means, log_vars, log_weights, g = (longdouble(t) for t in (z, means, log_vars, log_weights, grad))
+    shape, log_vars = log_vars.shape, np.broadcast_to(log_vars, means.shape)
+    delta, inverse = z[:, None, :] - means, np.exp(-log_vars)
+    log_2pi = np.log(2 * np.pi * np.ones((), np.longdouble))
+    logits = log_weights - 0.5 * (delta**2 * inverse + log_vars + log_2pi).sum(-1)
+    sizes = np.abs(log_weights) + 0.5 * (delta**2 * inverse + np.abs(log_vars) + log_2pi).sum(-1)
+    if mask is not None:
+        logits = np.where(mask.cpu().numpy(), logits, -np.inf)
+    top = logits.max(1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isinf(top), 0, top)
+    with np.errstate(divide="ignore"):
+        log_prob = top[:, 0] + np.log(np.exp(logits - top).sum(1))
+    resp = np.exp(logits - np.where(np.isinf(log_prob), 0, log_prob)[:, None])
+    sizes = np.where(resp > 0, sizes, 0)
+    size = (resp * sizes).sum(1)
+    return tuple(
+        [value, r, -np.einsum("nk,nkd,kd->nd", a, d, inverse), np.einsum("nk,nkd,kd->kd", a, d, inverse),
+         _sum_to(0.5 * (np.einsum("nk,nkd,kd->kd", a, d**2, inverse) + sign * a.sum(0)[:, None]), shape), a.sum(0)]
+        for value, r, a, d, sign in (
+            (log_prob, resp, g[:, None] * resp, delta, -1),
+            (size, resp * (1 + sizes + size[:, None]), np.abs(g)[:, None] * resp * (1 + sizes + size[:, None]), np.abs(delta), 1)))
+
+
+def _sum_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The gradient of a broadcast argument: sums of the full one."""
+    lead = array.ndim - len(shape)
+    axes = tuple(i for i in range(array.ndim) if i < lead or shape[i - lead] == 1)
+    return array.sum(axes, keepdims=True).reshape(shape)
+
+
+def assert_within_budget(name: str, actual: Tensor, direct: Tensor, exact: np.ndarray, scale: np.ndarray | None = None) -> None:
+    """err(actual) ≤ 2·err(direct) + 4 eps·scale, in norm and in maximum, where `direct` is the plain PyTorch formula in the
+    same dtype, `exact` the truth and `scale` its size, or the sum of the magnitudes of its terms."""
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {exact.shape}"
+    finite = np.isfinite(exact)
+    for t in (actual, direct):
+        assert (longdouble(t)[~finite] == exact[~finite]).all(), f"{name}: {t} where {exact} is right"
+    for measure in (np.linalg.norm, lambda e: np.abs(e).max(initial=0)):
+        error, allowed, size = (float(measure(e.astype(float))) for e in (
+            longdouble(actual)[finite] - exact[finite], longdouble(direct)[finite] - exact[finite],
+            (exact if scale is None else scale)[finite]))
+        budget = 2 * allowed + 4 * torch.finfo(direct.dtype).eps * size
+        assert error <= budget, f"{name}: error {error:.3e}, direct formula {allowed:.3e}, scale {size:.3e}"

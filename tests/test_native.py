@@ -1,0 +1,68 @@
+"""The C++ library: accuracy of its exp and log, instruction-set levels, build information."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from latent_engine.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.cpp, reason="the native library is not built")
+
+
+@pytest.fixture(params=native.cpp.cpu_isas() if native.cpp else [])
+def isa(request):
+    before = native.cpp.cpu_isa()
+    native.cpp.set_cpu_isa(request.param)
+    yield request.param
+    native.cpp.set_cpu_isa(before)
+
+
+def ulps(actual: np.ndarray, exact: np.ndarray) -> float:
+    """The largest error in units of the last place of the exact value."""
+    spacing = np.spacing(np.abs(exact).astype(actual.dtype)).astype(np.longdouble)
+    return float((np.abs(actual.astype(np.longdouble) - exact) / spacing).max())
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [(np.float32, -87.3, 88.3), (np.float64, -708.3, 709.4)])
+def test_exp_is_within_one_ulp(isa, dtype, low, high):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(low, high, 400_001), rng.normal(0, 1, 100_000), rng.normal(0, 1e-4, 10_000)]).astype(dtype)
+    assert ulps(native.cpp.exp(x), np.exp(x.astype(np.longdouble))) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log_is_within_one_ulp(isa, dtype):
+    rng = np.random.default_rng(0)
+    exponents = rng.uniform(-37, 38, 400_001) if dtype == np.float32 else rng.uniform(-300, 300, 400_001)
+    x = np.concatenate([10.0**exponents, rng.uniform(0.5, 2, 100_000), 1 + rng.normal(0, 1e-3, 10_000)]).astype(dtype)
+    assert ulps(native.cpp.log(x), np.log(x.astype(np.longdouble))) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_special_values(isa, dtype):
+    inf, nan = np.inf, np.nan
+    x = np.array([-inf, inf, nan, 0.0, -1e4, 1e4], dtype)
+    np.testing.assert_array_equal(native.cpp.exp(x), np.array([0, inf, nan, 1, 0, inf], dtype))
+    x = np.array([0.0, inf, nan, 1.0, -1.0, -inf], dtype)
+    np.testing.assert_array_equal(native.cpp.log(x), np.array([-inf, inf, nan, 0, nan, nan], dtype))
+
+
+def test_unknown_level_is_refused():
+    with pytest.raises(ValueError, match="unknown instruction-set level 'sse9'; the levels are base, avx2 and avx512"):
+        native.cpp.set_cpu_isa("sse9")
+    assert native.cpp.cpu_isa() in native.cpp.cpu_isas()
+
+
+def test_level_from_the_environment():
+    code = "from latent_engine.kernels import native; print(native.cpp.cpu_isa())"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "LATENT_ENGINE_CPU_ISA": "base"},
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "base"
+
+
+def test_build_info_names_compiler_and_abi():
+    info = native.cpp.build_info()
+    assert info["torch_abi"] == "2.11" and info["compiler"]
