@@ -90,7 +90,7 @@ def write_pictures(system: DGD, data: Data, records: Sequence[Mapping[str, float
         figures["sheet.png"] = model_sheet(z, data.y, means, samples, decoded, captions)
     figures["space.png"] = latent_scatter(z, data.y, means, title)
     if records:
-        curves = [{k: v for k, v in record.items() if k != "step"} for record in records]
+        curves = [{k: v for k, v in record.items() if k not in ("step", "seconds")} for record in records]
         figures["curves.png"] = training_curves(curves)
     paths = [folder / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
