@@ -47,8 +47,8 @@ Scalar element_type(const Tensor& z) {
   }
 }
 
-// The arguments that both primitives share, and what they keep alive until the kernels are in the stream: torch's
-// allocator does not hand memory to work that precedes what is in the stream already.
+// The arguments that both primitives share, and the tensors that must live until every kernel is in the stream: what is
+// freed after that goes only to later work in the stream.
 class Call {
  public:
   Call(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,

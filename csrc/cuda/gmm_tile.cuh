@@ -2,9 +2,9 @@
 // formulas are in kernels/gmm.py.
 //
 // A block works through tiles, each thread on a few rows times four components in registers, with D in chunks that fit
-// shared memory. δ = z − μ is formed before it is scaled: at μ = 10 and σ² = e^-30 the pre-scaled form z/σ − μ/σ, which
-// saves one operation of three, is off by up to 2 nats, and the expanded form by 10^7, in fp32 as in tf32x3. So a pair
-// costs 3·D operations forward and 6·D or 7·D in a backward pass, and no tensor core is used.
+// shared memory. δ = z − μ is formed before it is scaled. At μ near 10, σ² = e^-30 and z within a few σ, that is off by
+// 2e-7 nats; the pre-scaled form z/σ − μ/σ, which saves one operation of three, by 8, and the expanded form, which
+// tensor cores need, by 3e8. So a pair costs 3·D operations forward and 6·D or 7·D in a backward pass.
 //
 // A component that is not allowed, or a row without any, has weight 0 whatever its numbers are. The gradient passes
 // replace non-finite numbers by 0 after the weights are known: where they matter the weight is NaN already.
