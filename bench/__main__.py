@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     from .timing import measure_ceilings
 
     ceilings = measure_ceilings(options.device)
-    print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, {ceilings.exps / 1e9:.2f} Gexp/s")
+    print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, "
+          f"{ceilings.exps / 1e9:.2f} Gexp/s")
     results = []
     for name in [n for n in wanted if n in SUITES]:
         suite = importlib.import_module(f"{__package__}.{name}").SUITE

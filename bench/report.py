@@ -18,9 +18,7 @@ from .timing import Ceilings
 
 def seconds(t: float) -> str:
     """A time with three digits and its unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if t >= scale:
-            break
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if t >= s), ("µs", 1e-6))
     return f"{t / scale:.3g} {unit}"
 
 
@@ -63,16 +61,22 @@ def print_summary(results: list[Result]) -> None:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     return {
-        "cpu": cpu,
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "isa": native.cpp.cpu_isa() if native.cpp else None,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("latent-engine", "torch", "triton", "numpy", "jax", "pykeops")},
     }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _version(package: str) -> str | None:

@@ -52,7 +52,12 @@ def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int 
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(_clock(call, repeats[name], device))
-    return {name: Timing(statistics.median(s), *(statistics.quantiles(s, n=5)[i] for i in (0, 3))) for name, s in samples.items()}
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    fifths = statistics.quantiles(values, n=5)
+    return Timing(statistics.median(values), fifths[0], fifths[3])
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int | None:

@@ -11,9 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from latent_engine.kernels import native  # noqa: E402
+from latent_engine.kernels import native
 
 torch.utils.deterministic.fill_uninitialized_memory = True
 

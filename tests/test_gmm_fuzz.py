@@ -1,6 +1,5 @@
 """Random calls of the C++ backend: any sizes, layouts, masks and values agree with the reference."""
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +7,8 @@ from hypothesis import strategies as st
 
 from latent_engine.kernels import gmm_log_prob, native
 from latent_engine.kernels.reference.gmm import allowed_mask
+
+import oracles
 
 pytestmark = pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 
