@@ -23,6 +23,7 @@ from .checks import HALF, check_floats, check_indices, check_shape
 from .library import Differentiable, Primitive
 from .reference import gmm as reference
 
+
 def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, *, labels: Tensor | None = None,
                  allowed: Tensor | None = None, responsibilities: bool = False,
                  backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from . import library  # noqa: F401  the schemas must exist before a library implements them
+from . import library
 
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HERE = Path(__file__).parent

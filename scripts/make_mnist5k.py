@@ -8,6 +8,7 @@ The first 500 training images and the first 100 test images of each digit, in MN
 import sys
 
 import numpy as np
+
 from latent_engine.data import ASSETS, load
 
 

@@ -30,14 +30,14 @@ def gmm(z, means, log_vars, log_weights, mask=None, grad=None) -> tuple[list[np.
     resp = np.exp(logits - np.where(np.isinf(log_prob), 0, log_prob)[:, None])
     sizes = np.where(resp > 0, sizes, 0)
     size = (resp * sizes).sum(1)
-    wide = resp * (1 + sizes + size[:, None])
+    wide, a = resp * (1 + sizes + size[:, None]), np.abs(g)[:, None]
 
     def outputs(value, r, a, d, sign):
         dlog_vars = 0.5 * (np.einsum("nk,nkd,kd->kd", a, d**2, inverse) + sign * a.sum(0)[:, None])
         return [value, r, -np.einsum("nk,nkd,kd->nd", a, d, inverse), np.einsum("nk,nkd,kd->kd", a, d, inverse),
                 _sum_to(dlog_vars, shape), a.sum(0)]
 
-    return outputs(log_prob, resp, g[:, None] * resp, delta, -1), outputs(size, wide, np.abs(g)[:, None] * wide, np.abs(delta), 1)
+    return outputs(log_prob, resp, g[:, None] * resp, delta, -1), outputs(size, wide, a * wide, np.abs(delta), 1)
 
 
 def _sum_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

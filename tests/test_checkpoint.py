@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+
 from latent_engine import DGD, CheckpointError, Data, DGDConfig, TrainConfig, fit, load_system
 from latent_engine.checkpoint import from_dict, plain, read_tensors, write_tensors
 from latent_engine.logs import JsonLines

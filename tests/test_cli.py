@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from latent_engine.cli import main
 from latent_engine.commands import next_run, parse_train
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_engine.kernels import native
 from torch.utils.cpp_extension import include_paths
+
+from latent_engine.kernels import native
 
 LIBRARY = Path(native.__file__).with_name("_C_cuda.so")
 SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+
 from latent_engine.data import Data, DataError, batch_order, load, read_idx
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from latent_engine import demo
 
 pytest.importorskip("sklearn")

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 import torch
+
 from latent_engine.explorer import write_explorer
 
 Image = pytest.importorskip("PIL.Image")

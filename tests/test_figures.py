@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from latent_engine.extras import MissingExtraError
 from latent_engine.figures import COLORS, image_grid, latent_scatter, model_sheet, montage, plane, training_curves
 

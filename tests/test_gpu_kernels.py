@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from latent_engine.kernels.reference.gmm import gmm_log_prob
 
 # NumPy, on which the interpreter stands, warns of the infinities and NaNs that some tests are about.

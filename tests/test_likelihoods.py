@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from latent_engine.likelihoods import Bernoulli, Gaussian, bernoulli_log_prob, gaussian_log_prob
 from scipy import stats
+
+from latent_engine.likelihoods import Bernoulli, Gaussian, bernoulli_log_prob, gaussian_log_prob
 
 SHAPE = (4, 1, 3, 5)
 

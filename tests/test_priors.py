@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import integrate, stats
+from sklearn.mixture import GaussianMixture
+
 from latent_engine.priors import (
     GaussianMixturePrior,
     StandardNormal,
@@ -13,8 +16,6 @@ from latent_engine.priors import (
     soft_ball_log_prob,
     uniform_ball,
 )
-from scipy import integrate, stats
-from sklearn.mixture import GaussianMixture
 
 
 @pytest.fixture

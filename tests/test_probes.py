@@ -7,6 +7,7 @@ from math import comb, log
 import numpy as np
 import pytest
 import torch
+
 from latent_engine.data import load
 from latent_engine.probes import (
     adjusted_rand_index,

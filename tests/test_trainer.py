@@ -9,9 +9,10 @@ import time
 
 import pytest
 import torch
+from torch import nn
+
 from latent_engine import DGD, Data, DGDConfig, OptimizerConfig, Phase, System, TrainConfig, fit
 from latent_engine.checkpoint import read_tensors
-from torch import nn
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import triton
-from latent_engine.kernels.triton import gmm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from latent_engine.kernels.triton import gmm
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 TYPES = {**dict.fromkeys(("N", "K", "D", "stride_n", "stride_d", "share"), "i32"), "labels": "*i64", "allowed": "*u8"}
