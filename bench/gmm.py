@@ -82,12 +82,17 @@ def jax_peer(form: str) -> Callable:
         constant = log_weights - 0.5 * (means * scaled + log_vars).sum(1) - half
         return logsumexp(constant + z @ scaled.T - 0.5 * jnp.square(z) @ inverse.T, axis=1)
 
-    gradients = jax.jit(jax.value_and_grad(lambda *args: log_prob(*args).sum(), argnums=(0, 1, 2, 3)))
+    @jax.jit
+    def gradients(incoming, *args):
+        value, pullback = jax.vjp(log_prob, *args)
+        return value, pullback(incoming)
+
     forward = jax.jit(log_prob)
 
     def build(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object]:
         arrays = [jnp.asarray(t.detach().cpu().numpy()) for t in tensors]
-        return lambda: jax.block_until_ready((gradients if backward else forward)(*arrays))
+        incoming = jnp.ones(arrays[0].shape[0], jnp.float32)
+        return lambda: jax.block_until_ready(gradients(incoming, *arrays) if backward else forward(*arrays))
 
     return build
 

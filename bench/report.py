@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
 def write_json(path: str, device: str, ceilings: Ceilings, results: list[Result], epoch: dict | None) -> None:
     """Everything measured, with the machine and the versions."""
     content = {"machine": machine(device), "ceilings": asdict(ceilings), "results": [r.as_json() for r in results],
-               "dgd_epoch": epoch}
+               "dgd_epoch": epoch and {name: asdict(t) for name, t in epoch.items()}}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

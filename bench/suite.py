@@ -111,10 +111,11 @@ def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], backward: bool) 
                 return formula(*tensors)
         return forward
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    incoming = torch.ones(leaves[0].shape[0], dtype=leaves[0].dtype, device=leaves[0].device)
 
     def both() -> tuple[Tensor, tuple[Tensor, ...]]:
-        value = formula(*leaves).sum()
-        return value.detach(), torch.autograd.grad(value, leaves)
+        value = formula(*leaves)
+        return value.detach(), torch.autograd.grad(value, leaves, incoming)
 
     return both
 

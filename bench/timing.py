@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-SAMPLE = 2e-3  # seconds a sample should last, so that the clock and the call's jitter do not matter
+SAMPLE = 10e-3  # seconds a sample should last, so that the clock and the call's jitter do not matter
+WARM_UP = 20e-3  # seconds of untimed calls before it: threads that sleep take milliseconds to wake
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ def _clock(call: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 15) -> dict[str, Timing]:
-    """Times all calls in turns, so that a disturbance of the machine hits all of them; over a second a call: 3 rounds."""
+    """Times all calls in turns, so that a disturbance of the machine hits all of them; over a second a call: 3 rounds.
+
+    Before each sample the call runs untimed: what the others left in caches, allocator and thread pools is not part of it.
+    """
     repeats, samples = {}, {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(2):
@@ -51,6 +55,10 @@ def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int 
             rounds = 3
     for _ in range(rounds):
         for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            while time.perf_counter() - begin < WARM_UP:
+                call()
             samples[name].append(_clock(call, repeats[name], device))
     return {name: _summary(values) for name, values in samples.items()}
 

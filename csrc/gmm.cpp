@@ -4,11 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace latent {
 namespace {
@@ -29,16 +29,16 @@ const GmmKernels<double>& kernels() {
   return at_isa(levels);
 }
 
-constexpr int64_t kTaskWork = 1 << 20;  // pairs × (D + 8) of a task: 20 to 40 µs
+constexpr int64_t kTaskWork = 1 << 19;  // multiplications of a task: 20 to 40 µs
 constexpr int64_t kMaxTasks = 32, kFewTasks = 8;
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The cut of N × K pairs into tasks: first into chunks of at least `rows` rows, with which the kernel is most efficient,
+// The cut of N × K pairs, each of `work` multiplications, into tasks: first into chunks of at least `rows` rows, with which the kernel is most efficient,
 // then, if that leaves fewer tasks than the work is worth, into splits of components, and last into smaller chunks.
-GmmGrid cut(int64_t N, int64_t K, int64_t D, int64_t rows, bool split_components) {
-  const int64_t tasks = std::clamp<int64_t>(N * K * (D + 8) / kTaskWork, 1, kMaxTasks);
+GmmGrid cut(int64_t N, int64_t K, int64_t work, int64_t rows, bool split_components) {
+  const int64_t tasks = std::clamp<int64_t>(N * K * work / kTaskWork, 1, kMaxTasks);
   const int64_t most_splits = split_components ? std::max<int64_t>(K / 64, 1) : 1;
   const int64_t chunks = std::max(std::clamp<int64_t>(N / rows, 1, tasks), std::min(tasks, kFewTasks) / most_splits);
   GmmGrid grid;
@@ -62,19 +62,27 @@ void for_each_task(int64_t n, const F& task) {
     range(0, n);
 }
 
+// Runs f(first, last) over [0, n), in parallel where the n items of `work` additions each are worth it.
+template <class F>
+void in_parts(int64_t n, int64_t work, const F& f) {
+  const int64_t parts = std::clamp<int64_t>(n * work / kTaskWork, 1, kMaxTasks), step = ceil_div(n, parts);
+  for_each_task(parts, [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
+}
+
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class T>
 struct Inputs {
   GmmMixture<T> mixture;
   GmmRows<T> rows;
-  std::unique_ptr<T[]> workspace;
   std::optional<Tensor> labels, allowed;  // keep contiguous copies alive
 
-  Inputs(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
+  // Values of the packed mixture, for which the constructor takes the memory.
+  static int64_t packed_size(const Tensor& means) { return round_up(means.size(0), kGmmTile) * (2 * means.size(1) + 1); }
+
+  Inputs(T* packed, const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
          const std::optional<Tensor>& labels_, const std::optional<Tensor>& allowed_) {
-    const int64_t K = means.size(0), D = means.size(1), padded = round_up(K, kGmmTile);
-    workspace.reset(new T[padded * (2 * D + 1)]);
+    const int64_t K = means.size(0), D = means.size(1);
     if (labels_) labels = as_contiguous(*labels_);
     if (allowed_) allowed = as_contiguous(*allowed_);
     mixture = {K,
@@ -85,8 +93,8 @@ struct Inputs {
                {means.stride(0), means.stride(1)},
                {log_vars.stride(0), log_vars.stride(1)},
                log_weights.stride(0),
-               workspace.get(),
-               workspace.get() + padded * 2 * D};
+               packed,
+               packed + round_up(K, kGmmTile) * 2 * D};
     rows = {z.size(0), z.const_data_ptr<T>(), {z.stride(0), z.stride(1)},
             labels ? labels->const_data_ptr<int64_t>() : nullptr, allowed ? allowed->const_data_ptr<bool>() : nullptr,
             allowed ? allowed->size(0) : K};
@@ -98,20 +106,17 @@ template <class T>
 std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
                                    const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
                                    bool responsibilities) {
-  const Inputs<T> in(z, means, log_vars, log_weights, labels, allowed);
-  const int64_t N = in.rows.N, K = in.mixture.K;
+  const int64_t N = z.size(0), K = means.size(0), packed = Inputs<T>::packed_size(means);
+  const GmmGrid grid = cut(N, K, 2 * means.size(1) + 16, 64, !responsibilities);
+  const int64_t partial = grid.splits > 1 ? grid.splits * N : 0;
+  Arena<T> arena(Scratch::launch, packed, partial, partial);
+  const Inputs<T> in(arena.take(packed), z, means, log_vars, log_weights, labels, allowed);
   Tensor log_prob = torch::stable::new_empty(z, {N});
   Tensor resp = torch::stable::new_empty(z, {responsibilities ? N : 0, responsibilities ? K : 0});
-  GmmForward<T> p{in.mixture, in.rows, cut(N, K, in.mixture.D, 64, !responsibilities), log_prob.mutable_data_ptr<T>(),
-                  responsibilities ? resp.mutable_data_ptr<T>() : nullptr, nullptr, nullptr};
-  std::unique_ptr<T[]> partial;
-  if (p.grid.splits > 1) {
-    partial.reset(new T[2 * p.grid.splits * N]);
-    p.maxima = partial.get();
-    p.sums = partial.get() + p.grid.splits * N;
-  }
-  for_each_task(p.grid.tasks(), [&](int64_t task) { kernels<T>().forward(p, task); });
-  if (p.grid.splits > 1) kernels<T>().merge_forward(p);
+  const GmmForward<T> p{in.mixture, in.rows, grid, log_prob.mutable_data_ptr<T>(),
+                        responsibilities ? resp.mutable_data_ptr<T>() : nullptr, arena.take(partial), arena.take(partial)};
+  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().forward(p, task); });
+  if (grid.splits > 1) kernels<T>().merge_forward(p);
   return {log_prob, resp};
 }
 
@@ -121,46 +126,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     const Tensor& log_prob, const std::optional<Tensor>& labels,
                                                     const std::optional<Tensor>& allowed, const std::optional<Tensor>& coef_,
                                                     bool need_z, bool need_mixture) {
-  const Inputs<T> in(z, means, log_vars, log_weights, labels, allowed);
-  const int64_t N = in.rows.N, K = in.mixture.K, D = in.mixture.D, k = need_mixture ? K : 0, d = need_mixture ? D : 0;
+  const int64_t N = z.size(0), K = means.size(0), D = means.size(1), k = need_mixture ? K : 0, d = need_mixture ? D : 0;
+  const GmmGrid grid = cut(N, K, 5 * D + 16, 512, true);
+  const int64_t packed = Inputs<T>::packed_size(means), rows = need_z ? (grid.splits - 1) * N * D : 0;
+  const int64_t moments = k * (2 * D + 1) * std::max<int64_t>(grid.chunks, 1);
+  Arena<T> arena(Scratch::launch, packed, rows, moments);
+  const Inputs<T> in(arena.take(packed), z, means, log_vars, log_weights, labels, allowed);
   const Tensor saved = as_contiguous(log_prob);
   const std::optional<Tensor> coef = coef_ ? std::optional<Tensor>(as_contiguous(*coef_)) : std::nullopt;
   Tensor dz = torch::stable::new_empty(z, {need_z ? N : 0, need_z ? D : 0});
   Tensor dmeans = torch::stable::new_empty(z, {k, d}), dlog_vars = torch::stable::new_empty(z, {k, d});
   Tensor dlog_weights = torch::stable::new_empty(z, {k});
-  GmmBackward<T> p{in.mixture,
-                   in.rows,
-                   cut(N, K, D, 512, true),
-                   grad.const_data_ptr<T>(),
-                   grad.stride(0),
-                   saved.const_data_ptr<T>(),
-                   coef ? coef->const_data_ptr<T>() : nullptr,
-                   need_z ? dz.mutable_data_ptr<T>() : nullptr,
-                   nullptr,
-                   dmeans.mutable_data_ptr<T>(),
-                   dlog_vars.mutable_data_ptr<T>(),
-                   dlog_weights.mutable_data_ptr<T>()};
-  std::unique_ptr<T[]> rows, moments;
-  const int64_t width = 2 * D + 1;
-  if (need_z && p.grid.splits > 1) {
-    rows.reset(new T[p.grid.splits * N * D]);
-    p.dz = rows.get();
-  }
-  if (need_mixture) {
-    const int64_t size = std::max<int64_t>(p.grid.chunks, 1) * K * width;
-    moments.reset(new T[size]);
-    p.moments = moments.get();
-    if (p.grid.chunks == 0) std::fill_n(p.moments, size, T(0));
-  }
-  for_each_task(p.grid.tasks(), [&](int64_t task) { kernels<T>().backward(p, task); });
-  if (rows) {
-    kernels<T>().merge_rows(p);
-    std::copy_n(p.dz, N * D, dz.mutable_data_ptr<T>());
-  }
-  if (need_mixture) {
-    const int64_t parts = std::clamp<int64_t>(p.grid.chunks * K * width / kTaskWork, 1, kMaxTasks), step = ceil_div(K, parts);
-    for_each_task(parts, [&](int64_t i) { kernels<T>().merge_mixture(p, std::min(K, i * step), std::min(K, (i + 1) * step)); });
-  }
+  const GmmBackward<T> p{in.mixture,
+                         in.rows,
+                         grid,
+                         grad.const_data_ptr<T>(),
+                         grad.stride(0),
+                         saved.const_data_ptr<T>(),
+                         coef ? coef->const_data_ptr<T>() : nullptr,
+                         need_z ? dz.mutable_data_ptr<T>() : nullptr,
+                         arena.take(rows),
+                         need_mixture ? arena.take(moments) : nullptr,
+                         dmeans.mutable_data_ptr<T>(),
+                         dlog_vars.mutable_data_ptr<T>(),
+                         dlog_weights.mutable_data_ptr<T>()};
+  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().backward(p, task); });
+  if (need_z && grid.splits > 1)
+    in_parts(N * D, grid.splits, [&](int64_t first, int64_t last) { kernels<T>().merge_rows(p, first, last); });
+  if (need_mixture)
+    in_parts(K, grid.chunks * (2 * D + 1), [&](int64_t first, int64_t last) { kernels<T>().merge_mixture(p, first, last); });
   return {dz, dmeans, dlog_vars, dlog_weights};
 }
 

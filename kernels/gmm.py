@@ -181,8 +181,11 @@ def _gradients(ctx, bwd, grad, grad_resp):
             coef += resp * grad[:, None]
     if grad is None:
         grad = torch.zeros_like(log_prob)
-    grads = bwd(grad, *tensors[:4], log_prob, *tensors[4:], coef, needs[0], any(needs[1:]))
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+    z, means, log_vars, log_weights, labels, allowed = tensors
+    need_z, *need_mixture = needs
+    dz, *mixture = bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, any(need_mixture))
+    return (dz if need_z else None, *(g if need else None for g, need in zip(mixture, need_mixture, strict=True)),
+            None, None, None)
 
 
 def _reference_gradients(tensors, needs, grad, grad_resp):

@@ -55,7 +55,8 @@ struct GmmBackward {
   int64_t grad_stride;
   const T* log_prob;  // [N]
   const T* coef;      // [N, K] or null
-  T* dz;              // [splits, N, D], summed over splits into the first; null if not needed
+  T* dz;              // [N, D]; null if not needed
+  T* dz_parts;        // [splits − 1, N, D], those of the later splits
   T* moments;         // [chunks, K, 2D + 1]: Σ a δ, Σ a δ² per dimension, Σ a; null if not needed
   T *dmeans, *dlog_vars, *dlog_weights;
 };
@@ -66,7 +67,7 @@ struct GmmKernels {
   void (*forward)(const GmmForward<T>&, int64_t task);
   void (*merge_forward)(const GmmForward<T>&);  // where splits > 1
   void (*backward)(const GmmBackward<T>&, int64_t task);
-  void (*merge_rows)(const GmmBackward<T>&);  // where splits > 1
+  void (*merge_rows)(const GmmBackward<T>&, int64_t first, int64_t last);     // values [first, last) of dz
   void (*merge_mixture)(const GmmBackward<T>&, int64_t first, int64_t last);  // components [first, last)
 };
 

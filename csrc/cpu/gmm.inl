@@ -154,7 +154,7 @@ static void gmm_forward(const GmmForward<T>& p, int64_t task) {
   const int64_t begin = task / p.grid.splits * p.grid.rows, end = std::min(N, begin + p.grid.rows);
   const int64_t k0 = split * p.grid.components, k1 = std::min(round_up(K, kGmmTile), k0 + p.grid.components);
   constexpr int64_t stride = kForwardRows;
-  Arena<T> arena(D * stride, kComponents * stride, kForwardRows, kForwardRows, kForwardRows);
+  Arena<T> arena(Scratch::task, D * stride, kComponents * stride, kForwardRows, kForwardRows, kForwardRows);
   T *const zt = arena.take(D * stride), *const logits = arena.take(kComponents * stride);
   T *const maxima = arena.take(kForwardRows), *const sums = arena.take(kForwardRows), *const result = arena.take(kForwardRows);
   for (int64_t row = begin; row < end; row += kForwardRows) {
@@ -296,7 +296,7 @@ static void gmm_backward(const GmmBackward<T>& p, int64_t task) {
   // At a stride of a power of two the columns would share a few cache sets: 7 % slower at D = 64.
   const int64_t stride = block_rows + kGroup<T>;
   const int64_t moments_size = p.moments ? (k1 - k0) * width : 0;
-  Arena<T> arena(D * stride, D * stride, kComponents * stride, stride, stride, moments_size);
+  Arena<T> arena(Scratch::task, D * stride, D * stride, kComponents * stride, stride, stride, moments_size);
   T *const zt = arena.take(D * stride), *const dzt = arena.take(D * stride), *const coefs = arena.take(kComponents * stride);
   T *const grad = arena.take(stride), *const shift = arena.take(stride), *const moments = arena.take(moments_size);
   std::fill_n(moments, moments_size, T(0));
@@ -306,16 +306,16 @@ static void gmm_backward(const GmmBackward<T>& p, int64_t task) {
   for (int64_t row = begin; row < end; row += block_rows) {
     const int64_t n = std::min(block_rows, end - row);
     block(p, row, n, stride, k0, k1, zt, dzt, coefs, grad, shift, moments);
-    if (p.dz) transpose(dzt, stride, 1, p.dz + (split * N + row) * D, D, D, n);
+    if (p.dz) transpose(dzt, stride, 1, (split ? p.dz_parts + (split - 1) * N * D : p.dz) + row * D, D, D, n);
   }
   if (p.moments) std::copy_n(moments, (std::min(K, k1) - k0) * width, p.moments + (chunk * K + k0) * width);
 }
 
 template <class T>
-static void gmm_merge_rows(const GmmBackward<T>& p) {
+static void gmm_merge_rows(const GmmBackward<T>& p, int64_t first, int64_t last) {
   const int64_t size = p.rows.N * p.mixture.D;
-  for (int64_t s = 1; s < p.grid.splits; ++s)
-    for (int64_t i = 0; i < size; ++i) p.dz[i] += p.dz[s * size + i];
+  for (int64_t s = 0; s + 1 < p.grid.splits; ++s)
+    for (int64_t i = first; i < last; ++i) p.dz[i] += p.dz_parts[s * size + i];
 }
 
 template <class T>
@@ -323,6 +323,7 @@ static void gmm_merge_mixture(const GmmBackward<T>& p, int64_t k_first, int64_t 
   const int64_t K = p.mixture.K, D = p.mixture.D, width = 2 * D + 1;
   for (int64_t k = k_first; k < k_last; ++k) {
     T* total = p.moments + k * width;
+    if (p.grid.chunks == 0) std::fill_n(total, width, T(0));
     for (int64_t chunk = 1; chunk < p.grid.chunks; ++chunk)
       for (int64_t i = 0; i < width; ++i) total[i] += p.moments[(chunk * K + k) * width + i];
     const T* inverses = gmm_tile(p.mixture, k / kGmmTile * kGmmTile) + D * kGmmTile + k % kGmmTile;

@@ -15,8 +15,9 @@ struct Block {
 
 }  // namespace
 
-void* scratch(std::size_t bytes) {
-  thread_local Block block;
+void* scratch(Scratch use, std::size_t bytes) {
+  thread_local Block blocks[2];
+  Block& block = blocks[static_cast<int>(use)];
   if (bytes > block.size) {
     ::operator delete(block.data, kAlignment);
     block.data = nullptr;

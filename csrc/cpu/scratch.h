@@ -1,4 +1,4 @@
-// Scratch memory of kernel tasks.
+// Scratch memory that is kept between calls: the page faults of a fresh block cost more than a small task.
 #pragma once
 
 #include <cstddef>
@@ -6,16 +6,18 @@
 
 namespace latent {
 
-// At least `bytes` bytes, 64-byte aligned, that belong to the calling thread until its next call. Kept between calls: the
-// page faults of a fresh block cost more than a small task.
-void* scratch(std::size_t bytes);
+// Who uses it: a task, or the launch around the tasks, one of which may run on the same thread.
+enum class Scratch { task, launch };
+
+// At least `bytes` bytes, 64-byte aligned, that belong to the calling thread until it asks for the same `use` again.
+void* scratch(Scratch use, std::size_t bytes);
 
 // Hands out consecutive arrays of a thread's scratch memory; `sizes` are all that will be taken.
 template <class T>
 class Arena {
  public:
   template <class... Sizes>
-  explicit Arena(Sizes... sizes) : next_(static_cast<T*>(scratch((padded(sizes) + ... + 0) * sizeof(T)))) {}
+  explicit Arena(Scratch use, Sizes... sizes) : next_(static_cast<T*>(scratch(use, (padded(sizes) + ... + 0) * sizeof(T)))) {}
 
   T* take(int64_t n) {
     T* const array = next_;
