@@ -67,7 +67,9 @@ class Differentiable:
         op, function, apply = self._triton if backend == "triton" else self._compiled
         if torch.compiler.is_compiling():
             return op(*args)
-        return function.apply(*args) if torch._C._are_functorch_transforms_active() else apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return apply(*args) if torch.is_grad_enabled() else function.forward(*args)
 
     @staticmethod
     def _wire(forward_op: OpOverload, backward_op: OpOverload, save: Callable, gradients: Callable,
