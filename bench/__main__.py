@@ -22,6 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in (*SUITES, "dgd")]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; the suites are {', '.join(SUITES)} and dgd")
+    suites = {name: importlib.import_module(f"{__package__}.{name}").SUITE for name in wanted if name in SUITES}
+    known = [case for suite in suites.values() for case in suite.cases]
+    for case in options.case or ():
+        if case not in known:
+            parser.error(f"no case {case!r}; the cases are {', '.join(known)}")
     from .suite import run_case
     from .timing import measure_ceilings
 
@@ -29,12 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, "
           f"{ceilings.exps / 1e9:.2f} Gexp/s")
     results = []
-    for name in [n for n in wanted if n in SUITES]:
-        suite = importlib.import_module(f"{__package__}.{name}").SUITE
-        cases = [c for c in suite.cases if not options.case or c in options.case]
-        if not cases:
-            parser.error(f"{name} has no case {options.case[0]!r}; its cases are {', '.join(suite.cases)}")
-        for case in cases:
+    for suite in suites.values():
+        for case in (c for c in suite.cases if not options.case or c in options.case):
             for backward in (False, True):
                 results.append(run_case(suite, case, backward, options.device, ceilings, not options.no_compile))
                 print_result(results[-1])

@@ -1,0 +1,72 @@
+"""The benchmark: it measures what it says, refuses wrong values, and its JSON becomes the README's table."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latent_engine.bench import gmm
+from latent_engine.bench.__main__ import main
+from latent_engine.bench.report import ratio, seconds
+from latent_engine.bench.suite import OURS, run_case
+from latent_engine.bench.table import markdown
+from latent_engine.bench.timing import Ceilings, Work, peak_memory, time_calls
+
+CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9)
+
+
+def test_one_case_from_command_line_to_table(tmp_path, capsys):
+    path = tmp_path / "results" / "run.json"
+    assert main(["gmm", "--case", "dgd-step", "--no-compile", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert [r["backward"] for r in content["results"]] == [False, True]
+    for result in content["results"]:
+        assert {OURS, "plain", "gemm"} <= result["timings"].keys()
+        assert max(result["errors"].values()) < 1e-4
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+    table = markdown(content)
+    assert table.count("`dgd-step`") == 2 and "Geometric mean" in table
+    assert "gmm_log_prob dgd-step 32×20×2, forward + backward" in capsys.readouterr().out
+
+
+def test_wrong_values_are_not_timed():
+    wrong = replace(gmm.SUITE, formulas={"plain": gmm.plain, "wrong": lambda *args: gmm.plain(*args) + 0.1})
+    result = run_case(wrong, "dgd-step", False, "cpu", CEILINGS, compiled=False)
+    assert "wrong" not in result.timings and result.skipped["wrong"].startswith("wrong values: relative error")
+    assert ratio(result) > 0
+
+
+def test_bound_is_the_slowest_resource():
+    assert CEILINGS.bound(Work(bytes=1e10, fmas=1e10, exps=1e7)) == (1.0, "bytes")
+    assert CEILINGS.bound(Work(bytes=0, fmas=1e12, exps=1e9)) == (10.0, "FMA")
+
+
+def test_peak_memory_sees_what_a_call_allocates():
+    size = 64 * 2**20
+    peak = peak_memory(lambda: torch.ones(size // 4).sum(), "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert size * 0.9 <= peak <= size * 1.5
+
+
+def test_timings_are_quantiles_of_every_call():
+    calls = {"a": 0, "b": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    timings = time_calls({name: lambda name=name: count(name) for name in calls}, "cpu", rounds=3)
+    assert timings.keys() == calls.keys() and min(calls.values()) > 3
+    assert all(0 < t.low <= t.median <= t.high for t in timings.values())
+
+
+def test_seconds_have_units():
+    assert [seconds(t) for t in (2.0, 0.0123, 4.56e-6, 7e-10)] == ["2 s", "12.3 ms", "4.56 µs", "0.0007 µs"]
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["gmm", "--case", "nothing"]])
+def test_unknown_names_are_one_clear_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "nothing" in capsys.readouterr().err
