@@ -5,6 +5,8 @@ import importlib
 import sys
 
 from .report import print_result, print_summary, write_json, write_plot
+from .suite import run_case
+from .timing import measure_ceilings
 
 SUITES = ("gmm",)
 
@@ -27,9 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
     for case in options.case or ():
         if case not in known:
             parser.error(f"no case {case!r}; the cases are {', '.join(known)}")
-    from .suite import run_case
-    from .timing import measure_ceilings
-
     ceilings = measure_ceilings(options.device)
     print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, "
           f"{ceilings.exps / 1e9:.2f} Gexp/s")
