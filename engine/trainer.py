@@ -193,4 +193,5 @@ def identity(data: Data) -> dict[str, object]:
     crc = 0
     for tensor in (data.x, data.y):
         crc = crc if tensor is None else zlib.crc32(tensor.contiguous().cpu().numpy(), crc)
-    return {"name": data.name, "split": data.split, "shape": tuple(data.x.shape), "crc32": crc}
+    return {"name": data.name, "split": data.split, "binarized": data.binarized, "shape": tuple(data.x.shape),
+            "crc32": crc}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from latent_engine import load_system
 from latent_engine.cli import main
 from latent_engine.commands import next_run, parse_train
 
@@ -66,6 +67,19 @@ def test_a_run_from_training_to_pictures(run, data, capsys):
     assert main(["explore", str(run), "--data", str(data)]) == 0
     files = capsys.readouterr().out.split()
     assert files[-1] == str(run / "explorer.html") and all(run.joinpath(f).stat().st_size > 500 for f in files)
+
+
+def test_gray_images_stay_gray(data, tmp_path):
+    run, x = tmp_path / "gray", np.load(data)["x_test"]
+    assert main(["train", "dgd", "--data", str(data), "--run", str(run), "--no-binarize", "--epochs", "2"]) == 0
+    assert main(["evaluate", str(run), "--data", str(data)]) == 0
+    scores = json.loads((run / "scores.json").read_text())
+    mean = np.load(data)["x_train"].mean(0)
+    expected = -(x * np.log(mean) + (1 - x) * np.log(1 - mean)).sum((1, 2)).mean()
+    assert scores["mean_image_nll"] == pytest.approx(expected, rel=1e-4)
+    assert main(["represent", str(run), "--data", str(data), "--out", str(run / "z.npz")]) == 0
+    z = load_system(run).represent(torch.tensor(x, dtype=torch.float32)[:, None], steps=20).numpy()
+    assert np.allclose(np.load(run / "z.npz")["z"], z, atol=1e-4)
 
 
 def test_samples_depend_on_seed_and_component_only(run, tmp_path):
