@@ -36,7 +36,7 @@ class Represent:
     data: str = "mnist5k"
     """Name or path of the images."""
     split: Literal["train", "test"] = "test"
-    steps: int = 100
+    steps: int = 20
     """Gradient steps of the inference."""
     out: Path | None = None
     """File to write (default: representations-DATA-SPLIT.npz in RUN)."""

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = write_pictures(system, train, records, run, "DGD on mnist5k")
     if not options.no_bench:
         print("\nMicro-benchmark: one training batch's prior, 32 × 20 × 2 (rows × components × dimensions)", flush=True)
-        bench(["gmm", "--case", "dgd-step"])
+        bench(["gmm", "--case", "dgd-step", "--no-compile"])
 
     last = records[-1]
     print("\nLast epoch, mean over the digits (nats): "
