@@ -7,6 +7,7 @@
 folder of a step, and only then `latest` moves on and the step before is deleted.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .logs import JsonLines
+from .logs import JsonLines, writing
 
 FORMAT = 1
 
@@ -32,16 +33,22 @@ class CheckpointError(RuntimeError):
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes `path` in one piece: whoever looks sees the old content or all of the new."""
+    """Writes `path` in one piece: whoever looks sees the old content or all of the new.
+
+    Raises:
+        OSError: it cannot be written, with the path and the reason as message; what was there is still there.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with writing(path):
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
     _sync_folder(path.parent)
 
@@ -50,13 +57,18 @@ def write_json(path: Path, value: object) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in a JSON file, which must have `keys`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it has no {' and no '.join(missing)}.")
+    return value
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -108,17 +120,16 @@ def plain(value: Any) -> Any:
 def read_description(folder: str | os.PathLike[str]) -> dict:
     """`config.json` of a saved system or a run directory."""
     path = Path(folder) / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a configuration of format {FORMAT}, which this version of Latent Engine "
-                              "writes and reads.")
+    config = read_json(path, "format", "system", "arguments")
+    if config["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']}; this version of Latent Engine reads {FORMAT}.")
     return config
 
 
 def load_weights(folder: str | os.PathLike[str], system: nn.Module) -> None:
     """Reads the weights of a saved system, or of the latest step of a run directory, into `system`."""
     folder = Path(folder)
-    path = (latest_step(folder) if (folder / "latest").exists() else folder) / "model.safetensors"
+    path = (latest_step(folder) if "train" in read_description(folder) else folder) / "model.safetensors"
     load_state(system, read_tensors(path), path)
 
 
@@ -134,8 +145,9 @@ def latest_step(run: Path) -> Path:
     try:
         name = (run / "latest").read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run / 'latest'} cannot be read ({error}); "
-                              "expected the name of a step folder.") from error
+        steps = ", ".join(sorted(p.name for p in _steps(run))) or "none"
+        raise CheckpointError(f"{run / 'latest'} cannot be read ({error}); expected the name of a step folder. "
+                              f"Those that are there: {steps}.") from error
     if not name.startswith("step_") or not (run / name).is_dir():
         raise CheckpointError(f"{run / 'latest'} names {name!r}, which is not a step folder of {run}.")
     return run / name
@@ -166,11 +178,13 @@ class RunDirectory:
         self._prepare()
         if not (self.path / "env.json").exists():
             write_json(self.path / "env.json", environment())
-        write_json(self.path / "config.json", config)
+        self._config = config
+        if not self.has_checkpoint():
+            write_json(self.path / "config.json", config)
 
     def has_checkpoint(self) -> bool:
         """Whether a step has been saved: always, but for a run that was killed while it started."""
-        return (self.path / "latest").exists()
+        return (self.path / "latest").exists() or any(p.name != "step_000000" for p in _steps(self.path))
 
     def save(self, step: int, epoch: int, system: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         """Writes the step and points `latest` to it; then the older steps are deleted."""
@@ -195,12 +209,13 @@ class RunDirectory:
     def restore(self, system: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> tuple[int, int]:
         """Reads the latest step into both and returns its step and epoch; later records leave `metrics.jsonl`."""
         folder = latest_step(self.path)
-        meta = read_json(folder / "meta.json")
+        meta = read_json(folder / "meta.json", "step", "epoch")
         weights, state = (read_tensors(folder / f"{kind}.safetensors") for kind in ("model", "state"))
         load_optimizer_tensors(system, optimizers, state, folder / "state.safetensors")
         load_state(system, weights, folder / "model.safetensors")
         kept = [r for r in self.metrics.read() if r["epoch"] <= meta["epoch"]]
         write_file(self.metrics.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        write_json(self.path / "config.json", self._config)
         return meta["step"], meta["epoch"]
 
     def _holds_run(self) -> bool:
@@ -269,6 +284,11 @@ def environment() -> dict[str, object]:
             "numpy": np.__version__, "platform": platform.platform(), "machine": platform.machine(),
             "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.version.cuda if torch.cuda.is_available() else None}
+
+
+def _steps(run: Path) -> list[Path]:
+    """The folders of the complete steps of a run directory."""
+    return [p for p in run.glob("step_*") if p.suffix != ".partial"]
 
 
 def _flat(value: dict, prefix: str = "") -> dict[str, object]:

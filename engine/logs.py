@@ -1,12 +1,23 @@
 """Records of training: a file with one JSON object a line, and the progress that a person sees."""
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError within says that `path` cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
 
 
 class JsonLines:
@@ -16,7 +27,7 @@ class JsonLines:
         self.path = path
 
     def append(self, record: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -27,9 +38,12 @@ class JsonLines:
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    records.append(json.loads(line))
+                    record = json.loads(line)
                 except json.JSONDecodeError:
                     break
+                if not isinstance(record, dict):
+                    break
+                records.append(record)
         return records
 
 

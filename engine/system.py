@@ -104,8 +104,12 @@ class System(nn.Module):
         description = checkpoint.read_description(folder)
         if description["system"] != cls.name:
             raise checkpoint.CheckpointError(f"{folder} holds a system {description['system']!r}, not {cls.name!r}.")
-        arguments = dict(description["arguments"])
-        config = checkpoint.from_dict(cls.config_type, arguments.pop("config"))
-        system = cls(config, **arguments, **modules)
+        try:
+            arguments = dict(description["arguments"])
+            config = checkpoint.from_dict(cls.config_type, arguments.pop("config"))
+            system = cls(config, **arguments, **modules)
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"No system {cls.name!r} can be built from {folder}/config.json "
+                                             f"({type(error).__name__}: {error}).") from error
         checkpoint.load_weights(folder, system)
         return system.eval()

@@ -60,6 +60,13 @@ def test_configurations_survive_json():
         from_dict(DGDConfig, {"colour": 1})
 
 
+def refuses_to_resume(run, data, message):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=message):
+        resume(run, data, epochs=3)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "meta.json"])
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "remove"])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(run, data, name, damage):
@@ -69,20 +76,45 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(run, data, name, d
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"\xff" * 200)
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(CheckpointError, match=name):
-        resume(run, data)
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    refuses_to_resume(run, data, name)
 
 
-def test_a_damaged_config_or_latest_is_named(run, data):
+def test_a_damaged_latest_is_named(run, data):
     (run / "latest").write_text("step_9\n")
-    with pytest.raises(CheckpointError, match="latest names 'step_9'"):
-        resume(run, data)
-    (run / "config.json").write_text("{")
-    for attempt in (lambda: load_system(run), lambda: resume(run, data)):
-        with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
-            attempt()
+    refuses_to_resume(run, data, "latest names 'step_9'")
+    (run / "latest").unlink()
+    message = r"latest cannot be read .*Those that are there: step_000006"
+    refuses_to_resume(run, data, message)
+    with pytest.raises(CheckpointError, match=message):
+        load_system(run)
+
+
+def test_a_step_without_its_numbers_is_refused(run, data):
+    (run / "step_000006" / "meta.json").write_text('{"step": 6}')
+    refuses_to_resume(run, data, r"meta\.json is damaged: it has no epoch")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", r"config\.json cannot be read as JSON"),
+    ("[]", r"config\.json is damaged: it has no format and no system"),
+    ('{"format": 2, "system": "dgd", "arguments": {}}', "has format 2; this version of Latent Engine reads 1"),
+])
+def test_a_damaged_config_is_named(run, data, content, message):
+    (run / "config.json").write_text(content)
+    refuses_to_resume(run, data, message)
+    with pytest.raises(CheckpointError, match=message):
+        load_system(run)
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('"config": {', '"setup": {', "KeyError: 'config'"), ('"rows"', '"lines"', "TypeError: .*'lines'"),
+    ('"components": 3', '"components": "three"', "TypeError"), ('"components": 3', '"components": 0', "at least one")])
+def test_a_config_that_builds_no_system_is_refused(run, old, new, message):
+    config = (run / "config.json").read_text()
+    assert old in config
+    (run / "config.json").write_text(config.replace(old, new))
+    with pytest.raises(CheckpointError, match=rf"No system 'dgd' can be built from .*config\.json .*{message}"):
+        load_system(run)
 
 
 def test_a_run_is_resumed_only_on_request(run, system, data):
@@ -159,7 +191,7 @@ FULL_DISK = """
     try:
         fit(system, data, TrainConfig(epochs=5, batch_size=8), run_dir=sys.argv[1], resume=True, progress=False)
     except OSError as error:
-        print("OSError", error.errno)
+        print("OSError", error)
 """
 
 
@@ -167,7 +199,8 @@ FULL_DISK = """
 def test_a_full_disk_loses_nothing_that_was_finished(run, data):
     weights = (run / "step_000006" / "model.safetensors").read_bytes()
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL_DISK), str(run)], capture_output=True, text=True)
-    assert "OSError 27" in done.stdout, done.stderr
+    expected = f"OSError [Errno 27] {run / 'step_000009.partial' / 'model.safetensors'} cannot be written (File too large)"
+    assert expected in done.stdout, done.stderr
     assert (run / "latest").read_text() == "step_000006\n"
     assert (run / "step_000006" / "model.safetensors").read_bytes() == weights
     assert not list(run.glob("*.partial"))
