@@ -114,7 +114,7 @@ class RowAdam(_RowOptimizer):
 
 def map_inference(log_joint: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 100,
                   lr: float = 0.05) -> Tensor:
-    """Maximises `log_joint` over each row of `start` by Adam, everything else held fixed (§2.2).
+    """Maximises `log_joint` over each row of `start` by Adam, everything else held fixed (§2.2); also under torch.no_grad.
 
     Args:
         log_joint: `[N, D]` -> `[N]`, each row's value depending on that row alone.
@@ -134,6 +134,6 @@ def map_inference(log_joint: Callable[[Tensor], Tensor], start: Tensor, *, steps
         best_value = torch.where(better, value.detach(), best_value)
         best = torch.where(better[:, None], h.detach(), best)
         if step < steps:
-            (h.grad,) = torch.autograd.grad(-value.sum(), h)
+            (h.grad,) = torch.autograd.grad(value, h, -torch.ones_like(value))
             optimizer.step()
     return best

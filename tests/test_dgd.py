@@ -149,6 +149,13 @@ def test_map_inference_finds_the_maximum_of_each_row_and_never_loses_ground():
     assert torch.equal(wild, start)
 
 
+def test_representations_are_the_same_under_no_grad():
+    system, batch = tiny()
+    expected = system.represent(batch.x)
+    with torch.no_grad():
+        assert torch.equal(system.represent(batch.x), expected)
+
+
 def test_unsupervised_training_separates_digits_and_reconstructs_new_ones(digits):
     torch.manual_seed(0)
     system = DGD.for_data(DGDConfig(prior_count="per_sample", components=20), digits)
