@@ -172,7 +172,7 @@ class RunDirectory:
         config = plain({"format": FORMAT, **config})
         if self._holds_run():
             if not resume:
-                raise CheckpointError(f"{self.path} already holds a run. Resume it (resume=True), "
+                raise CheckpointError(f"{self.path} already holds a run. Resume it (resume=True, --resume), "
                                       "or choose another folder.")
             self._check_same(read_description(self.path), config)
         self._prepare()

@@ -19,12 +19,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from . import __version__
 from .extras import MissingExtraError
+
+
+def _default(text: str) -> object:
+    """What the help says in place of "(default: None)"."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
+_TrainedOn = Annotated[str | None, _default("the name that the run keeps of its training data")]
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,13 @@ class Represent:
 
     run: tyro.conf.Positional[Path]
     """Run directory, or a folder written by System.save."""
-    data: str = "mnist5k"
+    data: _TrainedOn = None
     """Name or path of the images."""
     split: Literal["train", "test"] = "test"
     steps: int = 20
     """Gradient steps of the inference."""
-    out: Path | None = None
-    """File to write (default: representations-DATA-SPLIT.npz in RUN)."""
+    out: Annotated[Path | None, _default("RUN/representations-DATA-SPLIT.npz")] = None
+    """The .npz file to write."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,15 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """Run directory, or a folder written by System.save."""
     n: int = 100
-    component: int | None = None
+    component: Annotated[int | None, _default("any")] = None
     """Sample from this component of the prior only."""
-    label: int | None = None
+    label: Annotated[int | None, _default("any")] = None
     """Sample from the components of this class only (labelled models)."""
     noise: bool = False
     """Draw from p(x | z) instead of showing its mean."""
     seed: int = 0
-    out: Path | None = None
-    """File to write (default: samples.png in RUN)."""
+    out: Annotated[Path | None, _default("RUN/samples.png")] = None
+    """The .png or .npz file to write."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,8 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    data: str | None = None
-    """Name or path of the data that the model was trained on (default: the name that the run keeps)."""
+    data: _TrainedOn = None
+    """Name or path of the data that the model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ class Explore:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    data: str | None = None
-    """Name or path of the data that the model was trained on (default: the name that the run keeps)."""
+    data: _TrainedOn = None
+    """Name or path of the data that the model was trained on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # --help, or flags that do not parse: the message is already out
         return stop.code if isinstance(stop.code, int) else 2
-    except (ValueError, OSError, FloatingPointError, MissingExtraError) as error:
+    except OSError as error:
+        return fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+    except (ValueError, FloatingPointError, MissingExtraError) as error:
         return fail(str(error))
     except RuntimeError as error:
         if type(error) is RuntimeError:

@@ -1,7 +1,9 @@
 """What the verbs of the command line do; `cli` parses them."""
 
 import argparse
+import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -13,12 +15,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 from . import report
-from .checkpoint import CheckpointError, read_description
+from .checkpoint import CheckpointError, read_description, write_file
 from .cli import Evaluate, Explore, Represent, Sample, did_you_mean, fail
 from .data import NAMES, SPLITS, Data, DataError, load
-from .figures import image_grid
+from .figures import image_grid, write_png
 from .logs import JsonLines
 from .systems import PRESETS, load_system
 from .systems.dgd import DGD
@@ -37,28 +40,32 @@ class Train(Generic[_Config]):
     """Name or path of the training data."""
     binarize: bool = True
     """Threshold the pixels at 0.5."""
-    run: Path | None = None
-    """Run directory (default: the first free runs/PRESET-NUMBER)."""
+    run: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the first free runs/PRESET-NUMBER)")] = None
+    """Run directory."""
     resume: bool = False
     """Continue the run in --run; its settings must be given again, but for the number of epochs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
-    config: Path | None = None
+    config: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")] = None
     """TOML or JSON file with settings."""
 
 
 def train(rest: list[str]) -> int:
     """`latent-engine train PRESET [--config FILE] [flags]`."""
     names = "\n".join(f"  {name:<14}{preset.description}" for name, preset in PRESETS.items())
-    if not rest or rest[0] in ("-h", "--help"):
+    if rest[:1] in (["-h"], ["--help"]):
         print(f"usage: latent-engine train PRESET [OPTIONS]\n\n{names}\n\n"
               "latent-engine train PRESET --help for its options.")
-        return 0 if rest else 2
+        return 0
+    if not rest or rest[0].startswith("-"):
+        return fail(f"train needs a preset first; the presets are {', '.join(PRESETS)}.")
     name, *flags = rest
     if name not in PRESETS:
         hint = did_you_mean(name, list(PRESETS))
         return fail(f"unknown preset {name!r}{hint}; the presets are {', '.join(PRESETS)}.")
     options = parse_train(name, flags)
+    if options.resume and options.run is None:
+        raise ValueError("--resume needs --run, the run directory to continue.")
     data = load(options.data).pixels(options.binarize)
     print(f"data: {data.name}, {len(data)} images of {'×'.join(map(str, data.x.shape[1:]))}, {data.source}")
     torch.manual_seed(options.train.seed)
@@ -80,12 +87,17 @@ def parse_train(preset: str, flags: list[str]) -> Train:
     """Settings in this order of precedence: flags, the --config file among them, the preset."""
     found = PRESETS[preset]
     kind, options = Train[found.system.config_type], Train(found.config, found.train)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    prog = f"latent-engine train {preset}"
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     file = parser.parse_known_args(flags)[0].config
     if file is not None:
-        options = tyro.cli(kind, default=options, args=file_as_flags(file), prog=str(file))
-    return tyro.cli(kind, default=options, args=flags, prog=f"latent-engine train {preset}")
+        try:
+            # Without the conversion of flags, a boolean takes a value, and one that is not boolean is named in the error.
+            options = tyro.cli(tyro.conf.FlagConversionOff[kind], default=options, args=file_as_flags(file), prog=prog)
+        except SystemExit:
+            raise ValueError(f"--config: {file} has a setting that does not fit, see above.") from None
+    return tyro.cli(kind, default=options, args=flags, prog=prog)
 
 
 def file_as_flags(path: Path) -> list[str]:
@@ -109,8 +121,6 @@ def _flags(table: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in table.items():
         if isinstance(value, dict):
             flags += _flags(value, f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            flags.append(f"--{prefix}{key}" if value else f"--{prefix}no-{key}")
         else:
             flags += [f"--{prefix}{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
@@ -123,30 +133,29 @@ def next_run(name: str, folder: Path = Path("runs")) -> Path:
 
 
 def represent(options: Represent) -> int:
-    system = _trained(options.run)
-    data = load(options.data, options.split).pixels(_binarized(options.run))
+    system, data = _trained(options.run), _load(options.run, options.data, options.split)
+    out = _writable(options.out or options.run / f"representations-{data.name}-{options.split}.npz", ".npz")
+    if options.steps < 0:
+        raise ValueError(f"--steps must be at least 0, given {options.steps}.")
     z = system.represent(data.x, steps=options.steps)
     arrays = {"z": z, "y": data.y, "component": report.components_of(system, z)}
-    out = options.out or options.run / f"representations-{data.name}-{options.split}.npz"
-    np.savez(out, **{key: value.numpy() for key, value in arrays.items() if value is not None})
+    _write_npz(out, {key: value for key, value in arrays.items() if value is not None})
     print(f"{out}: z {list(z.shape)} of {data.name}, {options.split} ({data.source})")
     return 0
 
 
 def sample(options: Sample) -> int:
-    out = options.out or options.run / "samples.png"
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out takes a .png or .npz file, given {out}.")
     if options.n < 1:
         raise ValueError(f"--n must be at least 1, given {options.n}.")
     system = _trained(options.run)
+    out = _writable(options.out or options.run / "samples.png", ".png", ".npz")
     chosen = {"components": options.component, "labels": options.label}
     chosen = {key: torch.full((options.n,), value) for key, value in chosen.items() if value is not None}
     images = system.sample(options.n, torch.Generator().manual_seed(options.seed), noise=options.noise, **chosen)
     if out.suffix == ".png":
-        image_grid(images).savefig(out, dpi=150)
+        write_png(out, image_grid(images))
     else:
-        np.savez(out, x=images.numpy())
+        _write_npz(out, {"x": images})
     print(f"{out}: {options.n} images")
     return 0
 
@@ -154,7 +163,7 @@ def sample(options: Sample) -> int:
 def evaluate(options: Evaluate) -> int:
     system, train = _trained(options.run), training_data(options.run, options.data)
     try:
-        test = load(options.data or train.name, "test").pixels(_binarized(options.run))
+        test = _load(options.run, options.data, "test")
     except DataError as error:
         print(f"No test images: {error}", file=sys.stderr)
         test = None
@@ -177,7 +186,7 @@ def training_data(run: Path, given: str | None = None) -> Data:
     kept = read_description(run).get("data")
     if kept is None:
         raise CheckpointError(f"{run} is a saved system, which does not name its training data; give a run directory.")
-    data = load(given or kept["name"], kept["split"]).pixels(_binarized(run))
+    data = _load(run, given, kept["split"])
     if identity(data)["crc32"] != kept["crc32"]:
         raise ValueError(f"{data.name} ({data.source}) does not hold the rows that {run} was trained on; "
                          "give their name or path with --data.")
@@ -203,9 +212,30 @@ def _trained(run: Path) -> DGD:
     return load_system(run)
 
 
-def _binarized(run: Path) -> bool:
-    """Whether the training images were thresholded."""
-    return read_description(run).get("data", {}).get("binarized", True)
+def _load(run: Path, given: str | None, split: str) -> Data:
+    """Data by the name `given`, or that of the training data of `run`, thresholded or not as they were."""
+    kept = read_description(run).get("data", {"name": "mnist5k", "binarized": True})
+    try:
+        return load(given or kept["name"], split).pixels(kept["binarized"])
+    except DataError as error:
+        if given is not None:
+            raise
+        raise DataError(f"{error} {run} keeps the name {kept['name']!r} only: give a path with --data.") from None
+
+
+def _writable(out: Path, *suffixes: str) -> Path:
+    """`out`, or an error before the work is done."""
+    if out.suffix not in suffixes:
+        raise ValueError(f"--out takes a {' or '.join(suffixes)} file, given {out}.")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written. Give a file in a folder that is there and not read-only.")
+    return out
+
+
+def _write_npz(path: Path, arrays: dict[str, Tensor]) -> None:
+    file = io.BytesIO()
+    np.savez(file, **{key: value.numpy() for key, value in arrays.items()})
+    write_file(path, file.getvalue())
 
 
 def _device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checkpoint import write_file
 from .data import ASSETS
 from .extras import require
 from .figures import COLORS, plane
@@ -67,7 +68,7 @@ def write_explorer(path: str | os.PathLike[str], z: Tensor, images: Tensor, deco
     # "</" could end the script element that holds the text.
     text = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
     path = Path(path)
-    path.write_text((ASSETS / "explorer.html").read_text("utf-8").replace("__DATA__", text), "utf-8")
+    write_file(path, (ASSETS / "explorer.html").read_text("utf-8").replace("__DATA__", text).encode())
     return path
 
 

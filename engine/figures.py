@@ -5,13 +5,16 @@
 `model_sheet` is the layout of Figures 3 and 4 of Schuster & Krogh (2021).
 """
 
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import write_file
 from .extras import require
 
 if TYPE_CHECKING:
@@ -96,6 +99,13 @@ def model_sheet(z: Tensor, y: Tensor | None, means: Tensor, samples: Tensor, dec
     _draw_images(right, samples, 10, (), "Samples")
     _draw_images(bottom.subplots(), decoded_means, columns, captions, "Component means, decoded")
     return figure
+
+
+def write_png(path: Path, figure: "Figure") -> None:
+    """Writes the figure in one piece, at 150 dots an inch."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    write_file(path, file.getvalue())
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -1,15 +1,15 @@
 """The table and the pictures of a trained Deep Generative Decoder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .checkpoint import write_json
 from .data import Data
 from .explorer import write_explorer
-from .figures import image_grid, latent_scatter, model_sheet, training_curves
+from .figures import image_grid, latent_scatter, model_sheet, training_curves, write_png
 from .probes import knn_accuracy, probe
 from .systems.dgd import DGD
 
@@ -94,12 +94,12 @@ def write_pictures(system: DGD, data: Data, records: Sequence[Mapping[str, float
         figures["curves.png"] = training_curves(curves)
     paths = [folder / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=150)
+        write_png(path, figure)
     return [*paths, write_explorer(folder / "explorer.html", z, data.x, system.decode, data.y, means, title=title)]
 
 
 def write_scores(scores: Mapping[str, float], path: Path) -> None:
-    path.write_text(json.dumps(dict(scores), indent=2) + "\n", encoding="utf-8")
+    write_json(path, dict(scores))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_help_needs_no_torch():
 def test_a_run_from_training_to_pictures(run, data, capsys):
     assert (run / "latest").exists() and len((run / "metrics.jsonl").read_text().splitlines()) == 2
     out = run / "z.npz"
-    assert main(["represent", str(run), "--data", str(data), "--split", "test", "--steps", "5", "--out", str(out)]) == 0
+    assert main(["represent", str(run), "--data", str(data), "--steps", "5", "--out", str(out)]) == 0
     with np.load(out) as arrays:
         assert arrays["z"].shape == (20, 2) and arrays["component"].shape == (20,)
         assert arrays["y"].tolist() == [i % 2 for i in range(20)]
@@ -108,12 +109,14 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("componnents = 3", "components"), ("prior = 'cauchy'", "mixture"), ("epochs = 'many'", "int")])
+    ("componnents = 3", "components"), ("prior = 'cauchy'", "mixture"), ("epochs = 'many'", "int"),
+    ("binarize = 'yes'", "--binarize"), ("normalize = 1", "--normalize"), ("optim = 3", "--optim")])
 def test_mistakes_in_a_config_file(tmp_path, capsys, content, message):
     file = tmp_path / "settings.toml"
     file.write_text(content)
     assert main(["train", "dgd", "--config", str(file)]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and f"{file} has a setting that does not fit" in error
 
 
 def test_unreadable_config_files(tmp_path, capsys):
@@ -124,8 +127,42 @@ def test_unreadable_config_files(tmp_path, capsys):
     assert ".toml or .json" in failure(capsys, "train", "dgd", "--config", "settings.yaml")
 
 
+def test_only_a_file_that_can_be_written_is_begun(run, data, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for out in (tmp_path / "nowhere" / "x.npz", data / "x.npz", tmp_path / "folder.npz"):
+        (tmp_path / "folder.npz").mkdir(exist_ok=True)
+        for command in (["sample", run], ["represent", run, "--data", data]):
+            assert f"--out {out} cannot be written" in failure(capsys, *command, "--out", out)
+    assert "takes a .npz file" in failure(capsys, "represent", run, "--data", data, "--out", tmp_path / "z.png")
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+FULL_DISK = """
+    import resource, sys
+    from latent_engine.cli import main
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))  # no file may grow beyond this: writing fails as on a full disk
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+@pytest.mark.parametrize(("command", "file"), [("sample", "samples.png"), ("explore", "samples.png")])
+def test_a_full_disk_leaves_the_pictures_that_were_there(run, data, command, file):
+    (run / file).write_bytes(b"earlier")
+    given = [] if command == "sample" else ["--data", str(data)]
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL_DISK), command, str(run), *given],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"latent-engine: {run / file} cannot be written (File too large)\n" in done.stderr
+    assert (run / file).read_bytes() == b"earlier" and not list(run.glob(".*"))
+
+
 def test_mistyped_verbs_presets_and_data(capsys, tmp_path):
     assert "unknown verb 'trian' (did you mean 'train'?)" in failure(capsys, "trian")
+    assert "train needs a preset first; the presets are dgd," in failure(capsys, "train")
+    assert "train needs a preset first; the presets are dgd," in failure(capsys, "train", "--epochs", 3)
+    assert "--resume needs --run" in failure(capsys, "train", "dgd", "--resume")
     assert "unknown preset 'dgd-labeled' (did you mean 'dgd-labelled'?)" in failure(capsys, "train", "dgd-labeled")
     assert "Did you mean 'mnist5k'?" in failure(capsys, "train", "dgd", "--data", "mnist5")
     assert "epochs must be at least 0, given -1" in failure(capsys, "train", "dgd", "--epochs", -1)
@@ -152,6 +189,7 @@ def test_damaged_and_unwritable_runs(run, data, capsys):
 
 
 def test_evaluation_wants_the_rows_of_the_training(run, capsys):
+    assert "keeps the name 'halves' only: give a path with --data" in failure(capsys, "evaluate", run)
     assert "was trained on; give their name or path with --data" in failure(
         capsys, "evaluate", run, "--data", "synthetic")
 
