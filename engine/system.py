@@ -6,6 +6,7 @@ rest:
     system.loss(batch, "main")["total"].backward()
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -34,6 +35,13 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     momentum: float = 0.0  # of sgd and row_sgd
     betas: tuple[float, float] = (0.9, 0.999)  # of adam and row_adam
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "momentum"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} of an optimizer must be at least 0 and finite, given {getattr(self, name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas of an optimizer must lie in [0, 1), given {self.betas}.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checkpoint import RunDirectory, describe
 from .data import Data, batch_order
-from .latents import RowAdam, RowSGD
+from .latents import LatentTable, RowAdam, RowSGD
 from .logs import Progress
 from .system import Batch, OptimizerConfig, Phase, System
 
@@ -42,6 +42,8 @@ class TrainConfig:
         for name, low in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("checkpoint_every", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, given {getattr(self, name)}.")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be less than 2**64, given {self.seed}.")
 
 
 def fit(system: System, data: Data, config: TrainConfig | None = None, *, run_dir: str | os.PathLike[str] | None = None,
@@ -183,7 +185,13 @@ def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torc
             raise ValueError(f"{type(system).__name__} updates {child!r}, but its configuration has no optim.{child}.")
         if settings.name not in OPTIMIZERS:
             raise ValueError(f"optim.{child}.name must be one of {', '.join(OPTIMIZERS)}, given {settings.name!r}.")
-        trainable = [p for p in system.get_submodule(child).parameters() if p.requires_grad]
+        module = system.get_submodule(child)
+        in_rows = any(isinstance(m, LatentTable) or getattr(m, "sparse", False) for m in module.modules())
+        if settings.name.startswith("row_") != in_rows:
+            fitting = [name for name in OPTIMIZERS if name.startswith("row_") == in_rows]
+            raise ValueError(f"optim.{child}.name must be {' or '.join(fitting)}, for the gradients of {child!r} are "
+                             f"{'those of rows' if in_rows else 'dense'}; given {settings.name!r}.")
+        trainable = [p for p in module.parameters() if p.requires_grad]
         optimizers[child] = OPTIMIZERS[settings.name](trainable, settings)
     return optimizers
 

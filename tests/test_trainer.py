@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,10 +153,30 @@ def test_without_a_terminal_progress_is_plain_lines(data, capsys):
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"epochs": -1}, "epochs must be at least 0, given -1"), ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"seed": 2**64}, "seed must be less than"),
 ])
 def test_settings_out_of_range_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"lr": -1.0}, r"lr .* at least 0 and finite, given -1\.0"), ({"lr": float("nan")}, "lr .* given nan"),
+    ({"lr": 0.1, "momentum": -0.5}, "momentum .* given -0.5"), ({"lr": 0.1, "betas": (0.9, 1.0)}, r"betas .* \[0, 1\)"),
+])
+def test_optimizer_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        OptimizerConfig("adam", **settings)
+
+
+@pytest.mark.parametrize(("child", "given", "words"), [
+    ("latents", "adam", "must be row_adam or row_sgd, .* those of rows; given 'adam'"),
+    ("decoder", "row_sgd", "must be adam or sgd, .* dense; given 'row_sgd'")])
+def test_optimizers_that_do_not_fit_the_gradients_are_refused_before_training(child, given, words, data, tmp_path):
+    optim = replace(DGDConfig().optim, **{child: OptimizerConfig(given, lr=0.1)})
+    with pytest.raises(ValueError, match=rf"optim\.{child}\.name {words}"):
+        fit(DGD.for_data(DGDConfig(optim=optim), data), data, run_dir=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_needs_a_run_and_an_optimizer_a_known_name(data):
