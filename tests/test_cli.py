@@ -209,6 +209,7 @@ def test_new_runs_are_numbered(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_keeps_the_run_and_says_how_to_resume(data, tmp_path):
     command = [sys.executable, "-m", "latent_engine", "train", "dgd", "--data", str(data), "--epochs", "100000"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     run = tmp_path / "runs" / "dgd-1"
     deadline = time.monotonic() + 60

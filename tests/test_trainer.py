@@ -38,7 +38,7 @@ RUN = """
     torch.manual_seed(int(sys.argv[2]))
     decoder = nn.Sequential(nn.Linear(2, 30), nn.Dropout(0.5), nn.Linear(30, 16), nn.Unflatten(1, (1, 4, 4)))
     system = DGD(DGDConfig(components=3), 50, (1, 4, 4), decoder)
-    fit(system, data, TrainConfig(epochs=20, batch_size=8, seed=5), run_dir=sys.argv[1], resume=True, progress=False)
+    fit(system, data, TrainConfig(epochs=12, batch_size=8, seed=5), run_dir=sys.argv[1], resume=True, progress=False)
 """
 
 
@@ -58,19 +58,19 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kills", [[signal.SIGKILL, signal.SIGKILL], [signal.SIGINT]], ids=["kill twice", "ctrl-c"])
-def test_an_interrupted_run_ends_with_the_same_bits(kills, uninterrupted, tmp_path):
+def test_an_interrupted_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    for attempt, kill in enumerate(kills):
+    for attempt, kill in enumerate([signal.SIGKILL, signal.SIGINT]):
         process = start(run, seed=attempt)  # what is resumed starts from other weights, which must not matter
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5 * attempt + 5):
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3 * attempt + 3):
             time.sleep(0.001)
         process.send_signal(kill)
         assert process.wait() != 0, "the run ended before it was interrupted"
-    assert len(records(run)) < 20
+    assert len(records(run)) < 12
     assert start(run, seed=9).wait() == 0
     name = (run / "latest").read_text().strip()
-    assert name == (uninterrupted / "latest").read_text().strip() == "step_000140"
+    assert name == (uninterrupted / "latest").read_text().strip() == "step_000084"
     for file in ("model.safetensors", "state.safetensors"):
         found, expected = (read_tensors(r / name / file) for r in (run, uninterrupted))
         assert found.keys() == expected.keys()
