@@ -12,8 +12,8 @@ class UpConv2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d of kernel 4, stride 2, padding 1, which doubles height and width: `[N, C, H, W]` -> `[N, O, 2H, 2W]`.
 
     The same function, parameters and initialisation. While training on CPU, one output channel takes PyTorch's matrix
-    product and col2im, a quarter of the time of oneDNN's forward pass. That kernel has neither forward-mode derivatives
-    nor vmap; in eval mode this is nn.ConvTranspose2d, which has both.
+    product and col2im, a quarter of the time of oneDNN's forward pass. That kernel has no forward-mode derivative, and
+    vmap loops over it; in eval mode this is nn.ConvTranspose2d, without these limits.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
