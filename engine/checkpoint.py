@@ -248,6 +248,8 @@ class RunDirectory:
         keys = sorted((stored.keys() | given.keys()) - {"train.epochs"})
         pairs = [(key, stored.get(key, "absent"), given.get(key, "absent")) for key in keys]
         differ = [f"{key}: {there!r} there, {here!r} given" for key, there, here in pairs if there != here]
+        if len(differ) > 5:
+            differ[5:] = [f"and {len(differ) - 5} more"]
         if differ:
             raise CheckpointError(f"The run in {self.path} has another configuration ({'; '.join(differ)}). "
                                   "Resume it with the same, or choose another folder.")

@@ -127,6 +127,9 @@ def test_another_configuration_or_other_data_are_refused_by_name(run, data):
         resume(run, data, batch_size=4)
     with pytest.raises(CheckpointError, match=r"data\.crc32"):
         resume(run, Data(1 - data.x))
+    with pytest.raises(CheckpointError, match=r"another configuration \((?:[^;]*; ){5}and \d+ more\)"):
+        fit(DGD.for_data(DGDConfig(2, "normal", 4, ball_radius=1.0, std=1.0, dirichlet=2.0, normalize=True), data), data,
+            run_dir=run, resume=True, progress=False)
 
 
 def test_a_finished_run_can_be_prolonged(run, data):
