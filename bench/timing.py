@@ -15,7 +15,7 @@ import torch
 from latent_engine.kernels import native
 
 SAMPLE = 10e-3  # seconds a sample should last, so that the clock and the call's jitter do not matter
-WARM_UP = 20e-3  # seconds of untimed calls before it: threads that sleep take milliseconds to wake
+WARM_UP = 0.15  # seconds of untimed calls before it: a large call of XLA's slows the next ones down for 0.14 s
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _clock(call: Callable[[], object], repeats: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 15) -> dict[str, Timing]:
+def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 9) -> dict[str, Timing]:
     """Times all calls in turns, so that a disturbance of the machine hits all of them; over a second a call: 3 rounds.
 
     Before each sample the call runs untimed: what the others left in caches, allocator and thread pools is not part of it.

@@ -238,6 +238,7 @@ def test_a_decoder_of_ones_own_is_given_again_when_loading(tmp_path):
 @pytest.mark.parametrize(("config", "words"), [
     ({"prior": "normal", "classes": 3, "components": 3}, "no components to label"),
     ({"normalize": True}, "needs prior='normal'"),
+    ({"latent_dim": 0}, "latent_dim must be at least 1, given 0"),
     ({"latent_init": "prior", "latent_transform": "tanh"}, "needs latent_transform='identity'"),
 ])
 def test_settings_that_contradict_each_other_are_refused(config, words):

@@ -68,6 +68,8 @@ class DGDConfig:
 
 
 def _check_config(config: DGDConfig) -> None:
+    if config.latent_dim < 1:
+        raise ValueError(f"latent_dim must be at least 1, given {config.latent_dim}.")
     if config.classes and config.prior == "normal":
         raise ValueError("A normal prior has no components to label: classes needs prior='mixture'.")
     if config.normalize and config.prior == "mixture":
