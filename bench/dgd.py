@@ -90,7 +90,8 @@ def run_epoch(compiled: bool) -> dict[str, Timing]:
     if compiled:
         calls["compiled plain"] = plain_steps(x, compiled=True)
     scale = len(x) / (STEPS * BATCH)
-    timings = {name: Timing(scale * t.median, scale * t.low, scale * t.high) for name, t in time_calls(calls, "cpu").items()}
+    timings = {name: Timing(scale * t.median, scale * t.low, scale * t.high)
+               for name, t in time_calls(calls, "cpu", rounds=25).items()}
     print(f"\nDGD training epoch, {len(x)} digits in batches of {BATCH} (scaled from {STEPS} steps)")
     for name, t in sorted(timings.items(), key=lambda item: item[1].median):
         print(f"  {name:16} {t.median:6.3f} s   {t.low:.3f} – {t.high:.3f}   {t.median / timings[OURS].median:.2f}×")

@@ -13,9 +13,18 @@ HEADER = ("case", "N × K × D", "direction", "ours", "of the roofline", "extra 
 
 def markdown(content: dict) -> str:
     """Machine and versions, a row a case with the best peer, and the training epoch."""
-    lines = [_machine(content), "", *(_row(cells) for cells in (HEADER, ["---"] * len(HEADER)))]
+    lines = [_machine(content), *(_results(content["results"]) if content["results"] else [])]
+    if content["dgd_epoch"]:
+        times = {name: t["median"] for name, t in content["dgd_epoch"].items()}
+        others = ", ".join(f"{name} {t:.2f} s ({t / times[OURS]:.2f}×)" for name, t in times.items() if name != OURS)
+        lines += ["", f"DGD training epoch, 5,000 digits in batches of 32: {times[OURS]:.2f} s; {others}."]
+    return "\n".join(lines)
+
+
+def _results(results: list[dict]) -> list[str]:
+    lines = ["", *(_row(cells) for cells in (HEADER, ["---"] * len(HEADER)))]
     ratios = []
-    for r in content["results"]:
+    for r in results:
         ours, best, memory = r["timings"][OURS]["median"], r["timings"][r["best_peer"]]["median"], r["memory"][OURS]
         ratios.append(best / ours)
         lines.append(_row((f"`{r['case']}`", " × ".join(map(str, r["sizes"])),
@@ -24,12 +33,7 @@ def markdown(content: dict) -> str:
                            "" if memory is None else f"{memory / 2**20:.1f} MB", r["best_peer"], seconds(best),
                            f"**{ratios[-1]:.2f}**")))
     mean = exp(sum(map(log, ratios)) / len(ratios))
-    lines += ["", f"Geometric mean {mean:.2f}, ahead in {sum(x > 1 for x in ratios)} of {len(ratios)}."]
-    if content["dgd_epoch"]:
-        times = {name: t["median"] for name, t in content["dgd_epoch"].items()}
-        others = ", ".join(f"{name} {t:.2f} s ({t / times[OURS]:.2f}×)" for name, t in times.items() if name != OURS)
-        lines += ["", f"DGD training epoch, 5,000 digits in batches of 32: {times[OURS]:.2f} s; {others}."]
-    return "\n".join(lines)
+    return [*lines, "", f"Geometric mean {mean:.2f}, ahead in {sum(x > 1 for x in ratios)} of {len(ratios)}."]
 
 
 def _row(cells) -> str:

@@ -46,8 +46,8 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
         `[...]`, or `([...], [..., K])` with `responsibilities`. float64 inputs give float64; float32, and bfloat16 and
         float16, give float32, as does everything under autocast.
 
-    Differentiable, twice, in z, means, log_vars and log_weights; frozen ones cost nothing. Time O(N·K·D); extra memory of the order of
-    the inputs, and O(N·K) only if responsibilities are asked for. The same inputs give the same bits, at any
+    Differentiable, twice, in z, means, log_vars and log_weights; frozen ones cost nothing. Time O(N·K·D); extra memory of
+    the order of the inputs, and O(N·K) only if responsibilities are asked for. The same inputs give the same bits, at any
     number of threads.
 
     Raises:
