@@ -10,7 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 
-namespace latent {
+namespace latent_engine {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -191,4 +191,4 @@ STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
 }
 
 }  // namespace
-}  // namespace latent
+}  // namespace latent_engine

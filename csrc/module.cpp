@@ -13,16 +13,16 @@ namespace py = pybind11;
 namespace {
 
 template <class T>
-const latent::MathKernels<T>& math();
+const latent_engine::MathKernels<T>& math();
 template <>
-const latent::MathKernels<float>& math() {
-  static const latent::MathKernels<float> levels[] = {latent::base::math_f, latent::avx2::math_f, latent::avx512::math_f};
-  return latent::at_isa(levels);
+const latent_engine::MathKernels<float>& math() {
+  static const latent_engine::MathKernels<float> levels[] = {latent_engine::base::math_f, latent_engine::avx2::math_f, latent_engine::avx512::math_f};
+  return latent_engine::at_isa(levels);
 }
 template <>
-const latent::MathKernels<double>& math() {
-  static const latent::MathKernels<double> levels[] = {latent::base::math_d, latent::avx2::math_d, latent::avx512::math_d};
-  return latent::at_isa(levels);
+const latent_engine::MathKernels<double>& math() {
+  static const latent_engine::MathKernels<double> levels[] = {latent_engine::base::math_d, latent_engine::avx2::math_d, latent_engine::avx512::math_d};
+  return latent_engine::at_isa(levels);
 }
 
 template <class T, bool log>
@@ -41,9 +41,9 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the instruction-set level of the CPU kernels.";
   m.def("build_info", build_info, "Compiler, language standard and the lowest torch whose ABI the library needs.");
-  m.def("cpu_isa", [] { return latent::isa_name(latent::isa()); }, "The instruction-set level in use.");
-  m.def("cpu_isas", latent::available_isas, "The levels this machine can run, lowest first.");
-  m.def("set_cpu_isa", latent::set_isa, py::arg("name"), "Sets the level; ValueError if this machine does not have it.");
+  m.def("cpu_isa", [] { return latent_engine::isa_name(latent_engine::isa()); }, "The instruction-set level in use.");
+  m.def("cpu_isas", latent_engine::available_isas, "The levels this machine can run, lowest first.");
+  m.def("set_cpu_isa", latent_engine::set_isa, py::arg("name"), "Sets the level; ValueError if this machine does not have it.");
   m.def("exp", evaluate<float, false>, py::arg("x").noconvert(), "e^x as the kernels compute it.");
   m.def("exp", evaluate<double, false>, py::arg("x").noconvert());
   m.def("log", evaluate<float, true>, py::arg("x").noconvert(), "log x as the kernels compute it.");

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-HALF = frozenset((torch.bfloat16, torch.float16))
+HALF = (torch.bfloat16, torch.float16)
 
 
 def check_floats(op: str, **tensors: Tensor) -> None:

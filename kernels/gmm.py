@@ -85,7 +85,7 @@ def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = z.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
-    if HALF.isdisjoint([getattr(t, "dtype", None) for t in tensors]):
+    if {getattr(t, "dtype", None) for t in tensors}.isdisjoint(HALF):
         return tensors
     keep = device == "cuda"
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is z) else t for t in tensors)
@@ -153,8 +153,9 @@ BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor 
                 "Tensor log_prob, Tensor? labels, Tensor? allowed, Tensor? coef, bool need_z, bool need_mixture) "
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
 
+# On CPU the half-precision arguments reach the kernels as float32.
 OP = register(Op("gmm_log_prob", "gmm_fwd", {
-    "cpp": Support(("cpu",), (torch.float32, torch.float64)),
+    "cpp": Support(("cpu",), (torch.float32, torch.float64, *HALF)),
     "triton": Support(("cuda",), (torch.float32, *HALF)),
     "cuda": Support(("cuda",), (torch.float32, *HALF)),
 }))

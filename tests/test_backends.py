@@ -43,11 +43,18 @@ def test_block_restores_the_choice_after_an_error():
 
 
 def test_automatic_choice_falls_back_and_says_why():
-    half = ARGS[0].to(torch.complex64).real.bfloat16()
-    reasons = explain(gmm_log_prob, half, *ARGS[1:])
+    reasons = explain(gmm_log_prob, *(t.to("meta") for t in ARGS))
     assert reasons["reference"] == "chosen"
+    assert gmm_log_prob(*(t.to("meta") for t in ARGS)).device.type == "meta"
     if native.cpp:
-        assert reasons["cpp"] == "serves torch.float32, torch.float64, given torch.bfloat16"
+        assert reasons["cpp"] == "serves cpu tensors, given a meta tensor"
+
+
+@needs_cpp
+def test_explain_agrees_with_the_call_on_half_precision():
+    half = ARGS[0].bfloat16()
+    assert chosen(half, *ARGS[1:]) == "cpp"
+    torch.testing.assert_close(gmm_log_prob(half, *ARGS[1:], backend="cpp"), gmm_log_prob(*ARGS, backend="reference"))
 
 
 @needs_no_cuda

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace latent {
+namespace latent_engine {
 
 // Components of one register tile; the packed mixture is padded to whole tiles.
 constexpr int64_t kGmmTile = 4;
@@ -71,4 +71,4 @@ struct GmmKernels {
   void (*merge_mixture)(const GmmBackward<T>&, int64_t first, int64_t last);  // components [first, last)
 };
 
-}  // namespace latent
+}  // namespace latent_engine

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-namespace latent {
+namespace latent_engine {
 namespace {
 
 const char* const kNames[] = {"base", "avx2", "avx512"};
@@ -53,4 +53,4 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-}  // namespace latent
+}  // namespace latent_engine

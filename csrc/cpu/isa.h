@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-namespace latent {
+namespace latent_engine {
 
 enum class Isa { base, avx2, avx512 };
 
@@ -22,4 +22,4 @@ const Kernels& at_isa(const Kernels (&levels)[3]) {
   return levels[static_cast<int>(isa())];
 }
 
-}  // namespace latent
+}  // namespace latent_engine

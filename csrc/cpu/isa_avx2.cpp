@@ -12,15 +12,15 @@
 #define LATENT_VECTOR_BYTES 32
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-namespace latent::avx2 {
+namespace latent_engine::avx2 {
 #include "level.inl"
-}  // namespace latent::avx2
+}  // namespace latent_engine::avx2
 #pragma GCC pop_options
 #else
-namespace latent::avx2 {  // never chosen: isa.cpp offers base only
+namespace latent_engine::avx2 {  // never chosen: isa.cpp offers base only
 extern const MathKernels<float> math_f{};
 extern const MathKernels<double> math_d{};
 extern const GmmKernels<float> gmm_f{};
 extern const GmmKernels<double> gmm_d{};
-}  // namespace latent::avx2
+}  // namespace latent_engine::avx2
 #endif

@@ -12,15 +12,15 @@
 #define LATENT_VECTOR_BYTES 64
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
-namespace latent::avx512 {
+namespace latent_engine::avx512 {
 #include "level.inl"
-}  // namespace latent::avx512
+}  // namespace latent_engine::avx512
 #pragma GCC pop_options
 #else
-namespace latent::avx512 {  // never chosen: isa.cpp offers base only
+namespace latent_engine::avx512 {  // never chosen: isa.cpp offers base only
 extern const MathKernels<float> math_f{};
 extern const MathKernels<double> math_d{};
 extern const GmmKernels<float> gmm_f{};
 extern const GmmKernels<double> gmm_d{};
-}  // namespace latent::avx512
+}  // namespace latent_engine::avx512
 #endif

@@ -8,6 +8,6 @@
 #include "scratch.h"
 
 #define LATENT_VECTOR_BYTES 16
-namespace latent::base {
+namespace latent_engine::base {
 #include "level.inl"
-}  // namespace latent::base
+}  // namespace latent_engine::base

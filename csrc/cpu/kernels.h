@@ -4,7 +4,7 @@
 #include "gmm.h"
 #include "isa.h"
 
-namespace latent {
+namespace latent_engine {
 
 // y = exp x or log x over n values, for the accuracy tests.
 template <class T>
@@ -25,4 +25,4 @@ LATENT_DECLARE_LEVEL(avx2)
 LATENT_DECLARE_LEVEL(avx512)
 #undef LATENT_DECLARE_LEVEL
 
-}  // namespace latent
+}  // namespace latent_engine

@@ -2,7 +2,7 @@
 
 #include <new>
 
-namespace latent {
+namespace latent_engine {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
@@ -28,4 +28,4 @@ void* scratch(Scratch use, std::size_t bytes) {
   return block.data;
 }
 
-}  // namespace latent
+}  // namespace latent_engine

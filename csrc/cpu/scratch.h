@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace latent {
+namespace latent_engine {
 
 // Who uses it: a task, or the launch around the tasks, one of which may run on the same thread.
 enum class Scratch { task, launch };
@@ -30,4 +30,4 @@ class Arena {
   T* next_;
 };
 
-}  // namespace latent
+}  // namespace latent_engine
