@@ -35,9 +35,10 @@ constexpr int64_t kMaxTasks = 32, kFewTasks = 8;
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The cut of N × K pairs, each of `work` multiplications, into tasks: first into chunks of at least `rows` rows, with which the kernel is most efficient,
-// then, if that leaves fewer tasks than the work is worth, into splits of components, and last into smaller chunks. The
-// partial results, 2 K · D a chunk and N · D a split, stay within four times the size of the inputs each.
+// The cut of N × K pairs, each of `work` multiplications, into tasks: first into chunks of at least `rows` rows, with which
+// the kernel is most efficient, then, if that leaves fewer tasks than the work is worth, into splits of components, and last
+// into smaller chunks. The partial results, 2 K · D a chunk and N · D a split, stay within four times the size of the inputs
+// each.
 GmmGrid cut(int64_t N, int64_t K, int64_t work, int64_t rows, bool split_components) {
   const int64_t tasks = std::clamp<int64_t>(N * K * work / kTaskWork, 1, kMaxTasks);
   const int64_t most_chunks = std::max<int64_t>(2 * (N + K) / std::max<int64_t>(K, 1), 1);

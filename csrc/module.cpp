@@ -10,19 +10,20 @@
 
 namespace py = pybind11;
 
+namespace latent_engine {
 namespace {
 
 template <class T>
-const latent_engine::MathKernels<T>& math();
+const MathKernels<T>& math();
 template <>
-const latent_engine::MathKernels<float>& math() {
-  static const latent_engine::MathKernels<float> levels[] = {latent_engine::base::math_f, latent_engine::avx2::math_f, latent_engine::avx512::math_f};
-  return latent_engine::at_isa(levels);
+const MathKernels<float>& math() {
+  static const MathKernels<float> levels[] = {base::math_f, avx2::math_f, avx512::math_f};
+  return at_isa(levels);
 }
 template <>
-const latent_engine::MathKernels<double>& math() {
-  static const latent_engine::MathKernels<double> levels[] = {latent_engine::base::math_d, latent_engine::avx2::math_d, latent_engine::avx512::math_d};
-  return latent_engine::at_isa(levels);
+const MathKernels<double>& math() {
+  static const MathKernels<double> levels[] = {base::math_d, avx2::math_d, avx512::math_d};
+  return at_isa(levels);
 }
 
 template <class T, bool log>
@@ -37,13 +38,15 @@ std::map<std::string, std::string> build_info() {
 }
 
 }  // namespace
+}  // namespace latent_engine
 
 PYBIND11_MODULE(_C, m) {
+  using namespace latent_engine;
   m.doc() = "Build information and the instruction-set level of the CPU kernels.";
   m.def("build_info", build_info, "Compiler, language standard and the lowest torch whose ABI the library needs.");
-  m.def("cpu_isa", [] { return latent_engine::isa_name(latent_engine::isa()); }, "The instruction-set level in use.");
-  m.def("cpu_isas", latent_engine::available_isas, "The levels this machine can run, lowest first.");
-  m.def("set_cpu_isa", latent_engine::set_isa, py::arg("name"), "Sets the level; ValueError if this machine does not have it.");
+  m.def("cpu_isa", [] { return isa_name(isa()); }, "The instruction-set level in use.");
+  m.def("cpu_isas", available_isas, "The levels this machine can run, lowest first.");
+  m.def("set_cpu_isa", set_isa, py::arg("name"), "Sets the level; ValueError if this machine does not have it.");
   m.def("exp", evaluate<float, false>, py::arg("x").noconvert(), "e^x as the kernels compute it.");
   m.def("exp", evaluate<double, false>, py::arg("x").noconvert());
   m.def("log", evaluate<float, true>, py::arg("x").noconvert(), "log x as the kernels compute it.");
