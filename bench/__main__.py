@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
 from .report import print_result, print_summary, write_json, write_plot
 from .suite import run_case
@@ -29,6 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     for case in options.case or ():
         if case not in known:
             parser.error(f"no case {case!r}; the cases are {', '.join(known)}")
+    for path in filter(None, (options.json, options.plot)):
+        try:  # before the minutes of measuring
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).open("a").close()
+        except OSError as error:
+            parser.error(f"{path} cannot be written ({error.strerror}); choose another path")
+
     ceilings = measure_ceilings(options.device)
     print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, "
           f"{ceilings.exps / 1e9:.2f} Gexp/s")

@@ -17,8 +17,9 @@ CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9)
 
 
 def test_one_case_from_command_line_to_table(tmp_path, capsys):
-    path = tmp_path / "results" / "run.json"
-    assert main(["gmm", "--case", "dgd-step", "--no-compile", "--json", str(path)]) == 0
+    path, chart = tmp_path / "results" / "run.json", tmp_path / "chart.png"
+    assert main(["gmm", "--case", "dgd-step", "--no-compile", "--json", str(path), "--plot", str(chart)]) == 0
+    assert chart.read_bytes().startswith(b"\x89PNG")
     content = json.loads(path.read_text())
     assert [r["backward"] for r in content["results"]] == [False, True]
     for result in content["results"]:
@@ -65,8 +66,8 @@ def test_seconds_have_units():
     assert [seconds(t) for t in (2.0, 0.0123, 4.56e-6, 7e-10)] == ["2 s", "12.3 ms", "4.56 µs", "0.0007 µs"]
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["gmm", "--case", "nothing"]])
-def test_unknown_names_are_one_clear_error(arguments, capsys):
+@pytest.mark.parametrize("arguments", [["nothing"], ["gmm", "--case", "nothing"], ["--json", "/proc/nothing/run.json"]])
+def test_mistakes_are_one_clear_error_before_measuring(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and "nothing" in capsys.readouterr().err
