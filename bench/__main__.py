@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in (*SUITES, "dgd")]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; the suites are {', '.join(SUITES)} and dgd")
-    suites = {name: importlib.import_module(f"{__package__}.{name}").SUITE for name in wanted if name in SUITES}
-    known = [case for suite in suites.values() for case in suite.cases]
+    suites = [suite for name in wanted if name in SUITES for suite in importlib.import_module(f"{__package__}.{name}").SUITES]
+    known = [case for suite in suites for case in suite.cases]
     for case in options.case or ():
         if case not in known:
             parser.error(f"no case {case!r}; the cases are {', '.join(known)}")
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, "
           f"{ceilings.exps / 1e9:.2f} Gexp/s")
     results = []
-    for suite in suites.values():
+    for suite in suites:
         for case in (c for c in suite.cases if not options.case or c in options.case):
-            for backward in (False, True):
+            for backward in suite.directions:
                 results.append(run_case(suite, case, backward, options.device, ceilings, not options.no_compile))
                 print_result(results[-1])
     epoch = None

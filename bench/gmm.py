@@ -97,8 +97,9 @@ def jax_peer(form: str) -> Callable:
     return build
 
 
-SUITE = Suite(
+SUITES = (Suite(
     op=gmm_log_prob,
+    sizes=("N", "K", "D"),
     cases=CASES,
     inputs=inputs,
     work=work,
@@ -108,4 +109,4 @@ SUITE = Suite(
     jax={"jax plain": lambda: jax_peer("plain"), "jax gemm": lambda: jax_peer("gemm")},
     # values of the plain formula: N·K·D differences and their squares
     plain_bytes=lambda case: 3 * 4 * math.prod(CASES[case]),
-)
+),)

@@ -22,6 +22,11 @@ def seconds(t: float) -> str:
     return f"{t / scale:.3g} {unit}"
 
 
+def sizes(named: dict[str, int]) -> str:
+    """Sizes with their names: N=32 K=20 D=2."""
+    return " ".join(f"{name}={size}" for name, size in named.items())
+
+
 def ratio(result: Result) -> float | None:
     """Time of the best peer over ours: above one we are ahead."""
     if OURS not in result.timings or result.best_peer is None:
@@ -32,7 +37,7 @@ def ratio(result: Result) -> float | None:
 def print_result(result: Result) -> None:
     """One case: every peer with its time, memory and error."""
     direction = "forward + backward" if result.backward else "forward"
-    print(f"\n{result.op} {result.case} {'×'.join(map(str, result.sizes))}, {direction}; "
+    print(f"\n{result.op} {result.case} {sizes(result.sizes)}, {direction}; "
           f"bound {seconds(result.bound)} ({result.limit})")
     print(f"  {'':16} {'median':>9} {'20–80 %':>19} {'% of bound':>10} {'vs ours':>8} {'memory':>9} {'error':>8}")
     ours = result.timings.get(OURS)

@@ -16,17 +16,23 @@ OURS = "latent-engine"
 
 @dataclass(frozen=True)
 class Suite:
-    """An op with its cases and peers; `bench/<op>.py` defines one as SUITE."""
+    """A public function with its cases and peers; `bench/<op>.py` defines one or several as SUITES.
 
-    op: Callable
+    Every callable of tensors takes what `inputs` gives; the gradients taken are those of the floating-point ones.
+    """
+
+    op: Callable  # of the tensors, and `backend=`
+    sizes: tuple[str, ...]  # names of the sizes of a case
     cases: dict[str, tuple[int, ...]]
     inputs: Callable[[str, torch.dtype, str], tuple[Tensor, ...]]
     work: Callable[[str, bool], Work]
     plain: Callable
-    formulas: dict[str, Callable]
-    keops: Callable
-    jax: dict[str, Callable]
-    plain_bytes: Callable[[str], int]
+    formulas: dict[str, Callable]  # PyTorch peers, `plain` among them
+    plain_bytes: Callable[[str], int]  # intermediates of the plain formula
+    keops: Callable | None = None
+    jax: dict[str, Callable] = field(default_factory=dict)
+    directions: tuple[bool, ...] = (False, True)  # without and with the backward pass
+    constant: int = 0  # trailing inputs that need no gradient
 
 
 @dataclass
@@ -35,7 +41,7 @@ class Result:
 
     op: str
     case: str
-    sizes: tuple[int, ...]
+    sizes: dict[str, int]
     backward: bool
     bound: float
     limit: str
@@ -56,7 +62,8 @@ class Result:
 def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Ceilings, compiled: bool) -> Result:
     """Checks every peer's values against float64, then times those that passed."""
     bound, limit = ceilings.bound(suite.work(case, backward))
-    result = Result(suite.op.__name__, case, suite.cases[case], backward, bound, limit)
+    sizes = dict(zip(suite.sizes, suite.cases[case], strict=True))
+    result = Result(suite.op.__name__, case, sizes, backward, bound, limit)
     tensors = suite.inputs(case, torch.float32, device)
     exact = _exact(suite, case, backward, device)
     calls, outputs = {}, {}
@@ -66,7 +73,7 @@ def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Cei
         calls[name] = call
     result.errors = {name: _error(output, exact) for name, output in outputs.items()}
     # twice the plain formula's error and a rounding of the result: the budget of every kernel; peers get a thousandth
-    budget = 2 * _error(_torch_call(suite.plain, tensors, backward)(), exact) + 4 * torch.finfo(torch.float32).eps
+    budget = 2 * _error(_builder(suite, suite.plain)(tensors, backward)(), exact) + 4 * torch.finfo(torch.float32).eps
     for name in list(calls):
         if not result.errors[name] <= (budget if name == OURS else 1e-3):
             result.skipped[name] = f"wrong values: relative error {result.errors[name]:.1e}"
@@ -79,18 +86,18 @@ def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Cei
 
 def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result) -> dict[str, Callable]:
     """Builders `(tensors, backward) -> call` by name; what cannot run is noted in `result.skipped`."""
-    peers = {OURS: _builder(suite.op)}
+    peers = {OURS: _builder(suite, suite.op)}
     too_big = suite.plain_bytes(case) > TOO_BIG
     for name, formula in suite.formulas.items():
         if formula is suite.plain and too_big:
             result.skipped[name] = "too big"
         else:
-            peers[name] = _builder(formula)
+            peers[name] = _builder(suite, formula)
         if compiled:
-            peers[f"compiled {name}"] = _builder(torch.compile(formula, dynamic=False))
-    if importlib.util.find_spec("pykeops"):
-        peers["keops"] = _builder(suite.keops)
-    else:
+            peers[f"compiled {name}"] = _builder(suite, torch.compile(formula, dynamic=False))
+    if suite.keops and importlib.util.find_spec("pykeops"):
+        peers["keops"] = _builder(suite, suite.keops)
+    elif suite.keops:
         result.skipped["keops"] = "not installed"
     for name, peer in suite.jax.items():
         if device == "cpu" and importlib.util.find_spec("jax"):
@@ -100,21 +107,23 @@ def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result)
     return peers
 
 
-def _builder(formula: Callable) -> Callable:
-    return lambda tensors, backward: _torch_call(formula, tensors, backward)
+def _builder(suite: Suite, formula: Callable) -> Callable:
+    return lambda tensors, backward: _torch_call(formula, tensors, len(tensors) - suite.constant, backward)
 
 
-def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
+def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], variable: int, backward: bool) -> Callable[[], Any]:
+    """The value, and with `backward` the gradients of the first `variable` tensors for an incoming gradient of ones."""
     if not backward:
         def forward() -> Tensor:
             with torch.no_grad():
                 return formula(*tensors)
         return forward
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    incoming = torch.ones(leaves[0].shape[0], dtype=leaves[0].dtype, device=leaves[0].device)
+    leaves = [t.detach().clone().requires_grad_() for t in tensors[:variable]]
+    constant = tensors[variable:]
+    incoming = torch.ones_like(formula(*leaves, *constant))
 
     def both() -> tuple[Tensor, tuple[Tensor, ...]]:
-        value = formula(*leaves)
+        value = formula(*leaves, *constant)
         return value.detach(), torch.autograd.grad(value, leaves, incoming)
 
     return both
@@ -123,7 +132,7 @@ def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], backward: bool) 
 def _exact(suite: Suite, case: str, backward: bool, device: str) -> Any:
     """Values in float64 through the op's own reference, of which the tests show that it is right."""
     tensors = suite.inputs(case, torch.float64, device)
-    return _torch_call(lambda *args: suite.op(*args, backend="reference"), tensors, backward)()
+    return _builder(suite, lambda *args: suite.op(*args, backend="reference"))(tensors, backward)()
 
 
 def _flatten(output: Any) -> list[Tensor]:

@@ -5,14 +5,14 @@ import sys
 from math import exp, log
 from pathlib import Path
 
-from .report import seconds
+from .report import seconds, sizes
 from .suite import OURS
 
-HEADER = ("case", "N × K × D", "direction", "ours", "of the roofline", "extra memory", "best peer", "its time", "peer / ours")
+DIRECTIONS = {False: "forward", True: "forward + backward"}
 
 
 def markdown(content: dict) -> str:
-    """Machine and versions, a row a case with the best peer, and the training epoch."""
+    """Machine and versions, a table an op with a row a case, and the training epoch."""
     lines = [_machine(content), *(_results(content["results"]) if content["results"] else [])]
     if content["dgd_epoch"]:
         times = {name: t["median"] for name, t in content["dgd_epoch"].items()}
@@ -22,18 +22,36 @@ def markdown(content: dict) -> str:
 
 
 def _results(results: list[dict]) -> list[str]:
-    lines = ["", *(_row(cells) for cells in (HEADER, ["---"] * len(HEADER)))]
-    ratios = []
-    for r in results:
-        ours, best, memory = r["timings"][OURS]["median"], r["timings"][r["best_peer"]]["median"], r["memory"][OURS]
-        ratios.append(best / ours)
-        lines.append(_row((f"`{r['case']}`", " × ".join(map(str, r["sizes"])),
-                           "forward + backward" if r["backward"] else "forward", seconds(ours),
-                           f"{100 * r['bound'] / ours:.0f} % ({r['limit']})",
-                           "" if memory is None else f"{memory / 2**20:.1f} MB", r["best_peer"], seconds(best),
-                           f"**{ratios[-1]:.2f}**")))
+    lines = []
+    for op in dict.fromkeys(r["op"] for r in results):
+        cases = dict.fromkeys(r["case"] for r in results if r["op"] == op)
+        header = (f"`{op}`", "sizes", *(cell for direction in DIRECTIONS.values() for cell in
+                                       (direction, "roofline", "best peer", "peer / ours")), "extra memory")
+        lines += ["", _row(header), _row(["---"] * len(header))]
+        lines += [_case([r for r in results if (r["op"], r["case"]) == (op, case)]) for case in cases]
+    ratios = [_ratio(r) for r in results]
     mean = exp(sum(map(log, ratios)) / len(ratios))
     return [*lines, "", f"Geometric mean {mean:.2f}, ahead in {sum(x > 1 for x in ratios)} of {len(ratios)}."]
+
+
+def _case(results: list[dict]) -> str:
+    """One case in both directions; the extra memory is that of the last."""
+    cells = [f"`{results[0]['case']}`", sizes(results[0]["sizes"])]
+    for backward in DIRECTIONS:
+        r = next((r for r in results if r["backward"] == backward), None)
+        cells += ["", "", "", ""] if r is None else [
+            seconds(_median(r, OURS)), f"{100 * r['bound'] / _median(r, OURS):.0f} % {r['limit']}",
+            f"{r['best_peer']} {seconds(_median(r, r['best_peer']))}", f"**{_ratio(r):.2f}**"]
+    memory = results[-1]["memory"][OURS]
+    return _row([*cells, "" if memory is None else f"{memory / 2**20:.1f} MB"])
+
+
+def _median(result: dict, name: str) -> float:
+    return result["timings"][name]["median"]
+
+
+def _ratio(result: dict) -> float:
+    return _median(result, result["best_peer"]) / _median(result, OURS)
 
 
 def _row(cells) -> str:

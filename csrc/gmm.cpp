@@ -1,39 +1,15 @@
 // gmm_fwd and gmm_bwd on CPU tensors: allocation, the cut into tasks, launch. Arguments are checked in kernels/gmm.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "cpu/kernels.h"
-#include "cpu/scratch.h"
+#include "binding.h"
 
 namespace latent_engine {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-const GmmKernels<T>& kernels();
-template <>
-const GmmKernels<float>& kernels() {
-  static const GmmKernels<float> levels[] = {base::gmm_f, avx2::gmm_f, avx512::gmm_f};
-  return at_isa(levels);
-}
-template <>
-const GmmKernels<double>& kernels() {
-  static const GmmKernels<double> levels[] = {base::gmm_d, avx2::gmm_d, avx512::gmm_d};
-  return at_isa(levels);
-}
-
-constexpr int64_t kTaskWork = 1 << 19;  // multiplications of a task: 20 to 40 µs
-constexpr int64_t kMaxTasks = 32, kFewTasks = 8;
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+constexpr int64_t kFewTasks = 8;
 
 // The cut of N × K pairs, each of `work` multiplications, into tasks: first into chunks of at least `rows` rows, with which
 // the kernel is most efficient, then, if that leaves fewer tasks than the work is worth, into splits of components, and last
@@ -54,37 +30,6 @@ GmmGrid cut(int64_t N, int64_t K, int64_t work, int64_t rows, bool split_compone
   grid.splits = std::max<int64_t>(ceil_div(K, grid.components), 1);
   return grid;
 }
-
-// Runs task(i) for i < n: in parallel if there is more than one.
-template <class F>
-void for_each_task(int64_t n, const F& task) {
-  const auto range = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) task(i);
-  };
-  if (n > 1)
-    torch::stable::parallel_for(0, n, 1, range);
-  else
-    range(0, n);
-}
-
-// Runs f(first, last) over [0, n), in parallel where the n items of `work` additions each are worth it.
-template <class F>
-void in_parts(int64_t n, int64_t work, const F& f) {
-  const int64_t parts = std::clamp<int64_t>(n * work / kTaskWork, 1, kMaxTasks), step = ceil_div(n, parts);
-  for_each_task(parts, [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
-}
-
-// A contiguous tensor of the type of `like`, by the shim's direct call: `stable::new_empty` boxes its arguments, 1 µs more.
-Tensor empty(const Tensor& like, int64_t rows, int64_t cols = -1) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {cols < 0 ? 1 : std::max<int64_t>(cols, 1), 1};
-  const int32_t dtype = like.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(cols < 0 ? 1 : 2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class T>
 struct Inputs {
@@ -113,7 +58,7 @@ struct Inputs {
     rows = {z.size(0), z.const_data_ptr<T>(), {z.stride(0), z.stride(1)},
             labels ? labels->const_data_ptr<int64_t>() : nullptr, allowed ? allowed->const_data_ptr<bool>() : nullptr,
             allowed ? allowed->size(0) : K};
-    kernels<T>().pack(mixture);
+    kernels<T>().gmm.pack(mixture);
   }
 };
 
@@ -126,11 +71,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& means, const T
   const int64_t partial = grid.splits > 1 ? grid.splits * N : 0;
   Arena<T> arena(Scratch::launch, packed, partial, partial);
   const Inputs<T> in(arena.take(packed), z, means, log_vars, log_weights, labels, allowed);
-  Tensor log_prob = empty(z, N), resp = empty(z, responsibilities ? N : 0, responsibilities ? K : 0);
+  Tensor log_prob = empty(z, {N}), resp = empty(z, {responsibilities ? N : 0, responsibilities ? K : 0});
   const GmmForward<T> p{in.mixture, in.rows, grid, log_prob.mutable_data_ptr<T>(),
                         responsibilities ? resp.mutable_data_ptr<T>() : nullptr, arena.take(partial), arena.take(partial)};
-  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().forward(p, task); });
-  if (grid.splits > 1) kernels<T>().merge_forward(p);
+  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.forward(p, task); });
+  if (grid.splits > 1) kernels<T>().gmm.merge_forward(p);
   return {log_prob, resp};
 }
 
@@ -148,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   const Inputs<T> in(arena.take(packed), z, means, log_vars, log_weights, labels, allowed);
   const Tensor saved = as_contiguous(log_prob);
   const std::optional<Tensor> coef = coef_ ? std::optional<Tensor>(as_contiguous(*coef_)) : std::nullopt;
-  Tensor dz = empty(z, need_z ? N : 0, need_z ? D : 0);
-  Tensor dmeans = empty(z, k, d), dlog_vars = empty(z, k, d), dlog_weights = empty(z, k);
+  Tensor dz = empty(z, {need_z ? N : 0, need_z ? D : 0});
+  Tensor dmeans = empty(z, {k, d}), dlog_vars = empty(z, {k, d}), dlog_weights = empty(z, {k});
   const GmmBackward<T> p{in.mixture,
                          in.rows,
                          grid,
@@ -163,11 +108,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                          dmeans.mutable_data_ptr<T>(),
                          dlog_vars.mutable_data_ptr<T>(),
                          dlog_weights.mutable_data_ptr<T>()};
-  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().backward(p, task); });
+  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.backward(p, task); });
   if (need_z && grid.splits > 1)
-    in_parts(N * D, grid.splits, [&](int64_t first, int64_t last) { kernels<T>().merge_rows(p, first, last); });
+    in_parts(N * D, grid.splits, [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_rows(p, first, last); });
   if (need_mixture)
-    in_parts(K, grid.chunks * (2 * D + 1), [&](int64_t first, int64_t last) { kernels<T>().merge_mixture(p, first, last); });
+    in_parts(K, grid.chunks * (2 * D + 1), [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_mixture(p, first, last); });
   return {dz, dmeans, dlog_vars, dlog_weights};
 }
 

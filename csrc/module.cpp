@@ -13,23 +13,10 @@ namespace py = pybind11;
 namespace latent_engine {
 namespace {
 
-template <class T>
-const MathKernels<T>& math();
-template <>
-const MathKernels<float>& math() {
-  static const MathKernels<float> levels[] = {base::math_f, avx2::math_f, avx512::math_f};
-  return at_isa(levels);
-}
-template <>
-const MathKernels<double>& math() {
-  static const MathKernels<double> levels[] = {base::math_d, avx2::math_d, avx512::math_d};
-  return at_isa(levels);
-}
-
 template <class T, bool log>
 py::array_t<T> evaluate(py::array_t<T, py::array::c_style> x) {
   py::array_t<T> y(x.size());
-  (log ? math<T>().log : math<T>().exp)(x.data(), y.mutable_data(), x.size());
+  (log ? kernels<T>().math.log : kernels<T>().math.exp)(x.data(), y.mutable_data(), x.size());
   return y;
 }
 

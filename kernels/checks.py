@@ -26,6 +26,24 @@ def check_floats(op: str, **tensors: Tensor) -> None:
                              f"move one of them, e.g. {name}.to({first_name}.device).")
 
 
+def working_precision(op: str, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The floating-point `tensors` in the precision that kernels compute in; the first, called `name`, is the op's input.
+
+    float32 under autocast; else half-precision ones as float32, except the first on CUDA, whose kernels read it as it is.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, given {type(first).__name__}.")
+    device = first.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+    if {getattr(t, "dtype", None) for t in tensors}.isdisjoint(HALF):
+        return tensors
+    keep = device == "cuda"
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is first) else t
+                 for t in tensors)
+
+
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """`tensor` has exactly the shape `expected`; `meaning` spells it out, e.g. "[K]"."""
     if tuple(tensor.shape) != expected:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_indices, check_shape
-from .library import Differentiable, Primitive
+from .checks import HALF, check_floats, check_indices, check_shape, working_precision
+from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm as reference
 
 
@@ -58,7 +58,7 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     >>> gmm_log_prob(z, means, torch.tensor(0.0), torch.zeros(1))
     tensor([-1.8379, -1.8379, -1.8379])
     """
-    z, means, log_vars, log_weights = _working_precision(z, means, log_vars, log_weights)
+    z, means, log_vars, log_weights = working_precision("gmm_log_prob", "z", z, means, log_vars, log_weights)
     check_floats("gmm_log_prob", means=means, z=z, log_vars=log_vars, log_weights=log_weights)
     log_vars = _check_mixture(z, means, log_vars, log_weights)
     lead = z.shape[:-1]
@@ -69,7 +69,7 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
 
     name = OP.choose(z, backend)
     if name == "reference":
-        log_prob, resp = reference.gmm_log_prob(z.to(means.dtype), means, log_vars, log_weights, labels, allowed)
+        log_prob, resp = _reference(z, means, log_vars, log_weights, labels, allowed)
     else:
         log_prob, resp = _gmm(name, z, means, log_vars, log_weights, labels, allowed, responsibilities)
     if len(lead) != 1:
@@ -77,18 +77,8 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     return (log_prob, resp.reshape(*lead, means.shape[0])) if responsibilities else log_prob
 
 
-def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Every argument as float32 under autocast, else the half-precision ones; CUDA kernels read a half `z` as it is."""
-    z = tensors[0]
-    if not isinstance(z, Tensor):
-        raise TypeError(f"gmm_log_prob: z must be a tensor, given {type(z).__name__}.")
-    device = z.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
-    if {getattr(t, "dtype", None) for t in tensors}.isdisjoint(HALF):
-        return tensors
-    keep = device == "cuda"
-    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is z) else t for t in tensors)
+def _reference(z, means, *args):
+    return reference.gmm_log_prob(z.to(means.dtype), means, *args)
 
 
 def _check_mixture(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
@@ -174,7 +164,7 @@ def _gradients(ctx, bwd, grad, grad_resp):
     if grad is None and grad_resp is None:
         return (None,) * 7
     if torch.is_grad_enabled():  # double backward
-        return (*_reference_gradients(tensors, needs, grad, grad_resp), None, None, None)
+        return (*reference_gradients(_reference, tensors, needs, (grad, grad_resp)), None, None, None)
     coef = None
     if grad_resp is not None:
         coef = resp * (grad_resp - (grad_resp * resp).sum(1, keepdim=True))
@@ -187,16 +177,6 @@ def _gradients(ctx, bwd, grad, grad_resp):
     dz, *mixture = bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, any(need_mixture))
     return (dz if need_z else None, *(g if need else None for g, need in zip(mixture, need_mixture, strict=True)),
             None, None, None)
-
-
-def _reference_gradients(tensors, needs, grad, grad_resp):
-    with torch.enable_grad():
-        z, means, log_vars, log_weights, labels, allowed = tensors
-        outputs = reference.gmm_log_prob(z.to(means.dtype), means, log_vars, log_weights, labels, allowed)
-        used = [(o, g) for o, g in zip(outputs, (grad, grad_resp), strict=True) if g is not None]
-        inputs = [t for t, need in zip(tensors, needs, strict=False) if need]
-        grads = iter(torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], create_graph=True))
-    return tuple(next(grads) if need else None for need in needs)
 
 
 def _vmap(call, info, in_dims, z, means, log_vars, log_weights, labels, allowed, responsibilities):

@@ -8,10 +8,11 @@ not the compiled libraries are there.
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 NAMESPACE = "latent_engine"
@@ -56,10 +57,12 @@ class Differentiable:
         forward, backward: the primitives.
         save: `setup_context(ctx, inputs, output)` of both.
         gradients: `(ctx, backward_op, *output_gradients)` -> one gradient for each argument of `forward`.
-        vmap: the batching rule `(call, info, in_dims, *args)`, where `call(*args)` runs the op on folded arguments.
+        vmap: the batching rule `(call, info, in_dims, *args)`, where `call(*args)` runs the op on folded arguments; without
+            one the op raises NotImplementedError under vmap.
     """
 
-    def __init__(self, forward: Primitive, backward: Primitive, save: Callable, gradients: Callable, vmap: Callable) -> None:
+    def __init__(self, forward: Primitive, backward: Primitive, save: Callable, gradients: Callable,
+                 vmap: Callable | None = None) -> None:
         self._compiled = self._wire(forward.compiled, backward.compiled, save, gradients, vmap)
         self._triton = self._wire(forward.triton, backward.triton, save, gradients, vmap)
 
@@ -73,7 +76,7 @@ class Differentiable:
 
     @staticmethod
     def _wire(forward_op: OpOverload, backward_op: OpOverload, save: Callable, gradients: Callable,
-              batch: Callable) -> tuple[OpOverload, type[torch.autograd.Function], Callable]:
+              batch: Callable | None) -> tuple[OpOverload, type[torch.autograd.Function], Callable]:
         def backward_(ctx, *grads):
             return gradients(ctx, backward_op, *grads)
 
@@ -88,8 +91,26 @@ class Differentiable:
 
             @staticmethod
             def vmap(info, in_dims, *args):
+                if batch is None:
+                    raise NotImplementedError(f"{forward_op}: vmap is not supported; loop over the batches, or use "
+                                              f"backend='reference'.")
                 return batch(Function.apply, info, in_dims, *args)
 
         torch.library.register_autograd(forward_op, backward_, setup_context=save, lib=_library)
         # `Function.apply` inspects the signature at every call, 14 µs, which only functorch transforms need.
         return forward_op, Function, super(torch.autograd.Function, Function).apply
+
+
+def reference_gradients(reference: Callable, tensors: Sequence[Tensor], needs: Sequence[bool],
+                        grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of `reference(*tensors)`, for double backward: one for each True in `needs`, else None.
+
+    `grads` are the gradients of the outputs, None where one is unused.
+    """
+    with torch.enable_grad():
+        outputs = reference(*tensors)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        inputs = [t for t, need in zip(tensors, needs, strict=False) if need]
+        found = iter(torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], create_graph=True))
+    return tuple(next(found) if need else None for need in needs)

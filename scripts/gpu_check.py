@@ -1,9 +1,9 @@
-"""Builds in place, then tests and times the ops on this machine's CUDA device: `make gpu-check PART=tests|gmm|all`.
+"""Builds in place, then tests and times the ops on this machine's CUDA device: `make gpu-check PART=tests|OP|all`.
 
-    python scripts/gpu_check.py [tests|gmm|all] [--out FOLDER]
+    python scripts/gpu_check.py [tests|OP|all] [--out FOLDER]
 
 Needs Python 3.11, torch 2.11 with CUDA, Triton, numpy, setuptools, pybind11, pytest and nvcc; no network, and nothing
-is installed. `gmm` writes its timings to FOLDER/<device>-gmm.json. Exit status 0 if every part passed within its eight
+is installed. An op writes its timings to FOLDER/<device>-<op>.json. Exit status 0 if every part passed within its eight
 minutes.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "build" / "gpu_check" / "latent_engine"
 LIMIT = 480  # seconds a part, the build among them
-TESTS = ("test_gmm.py", "test_gpu_kernels.py", "test_cuda_build.py", "test_triton_aot.py")
+OPS = ("gmm",)
+TESTS = (*(f"test_{op}.py" for op in OPS), *(f"test_gpu_{op}.py" for op in OPS), "test_cuda_build.py", "test_triton_aot.py")
 
 
 def device_name() -> str:
@@ -66,7 +67,7 @@ def run(command: list[str], deadline: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("tests", "gmm", "all"), default="all")
+    parser.add_argument("part", nargs="?", choices=("tests", *OPS, "all"), default="all")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON files")
     options = parser.parse_args()
     device = device_name()
@@ -76,7 +77,7 @@ def main() -> int:
     if not run(["setup.py", "-q", "build_ext", "--inplace"], start + LIMIT):
         return 1
     results = {}
-    for part in ("tests", "gmm") if options.part == "all" else (options.part,):
+    for part in ("tests", *OPS) if options.part == "all" else (options.part,):
         results[part] = all(run(command, start + LIMIT) for command in commands(part, device, options.out.resolve()))
         start = time.monotonic()
     print(f"gpu-check on {device}: " + ", ".join(f"{p} {'passed' if ok else 'FAILED'}" for p, ok in results.items()))

@@ -16,10 +16,4 @@ std::string isa_name(Isa level);
 // All levels that this machine can run, lowest first.
 std::vector<std::string> available_isas();
 
-// The level's entry of a table with one function or struct of functions per level.
-template <class Kernels>
-const Kernels& at_isa(const Kernels (&levels)[3]) {
-  return levels[static_cast<int>(isa())];
-}
-
 }  // namespace latent_engine

@@ -18,9 +18,7 @@ namespace latent_engine::avx2 {
 #pragma GCC pop_options
 #else
 namespace latent_engine::avx2 {  // never chosen: isa.cpp offers base only
-extern const MathKernels<float> math_f{};
-extern const MathKernels<double> math_d{};
-extern const GmmKernels<float> gmm_f{};
-extern const GmmKernels<double> gmm_d{};
+extern const Kernels<float> kernels_f{};
+extern const Kernels<double> kernels_d{};
 }  // namespace latent_engine::avx2
 #endif

@@ -13,16 +13,34 @@ struct MathKernels {
   void (*log)(const T* x, T* y, int64_t n);
 };
 
-#define LATENT_DECLARE_LEVEL(level)        \
-  namespace level {                        \
-  extern const MathKernels<float> math_f;  \
-  extern const MathKernels<double> math_d; \
-  extern const GmmKernels<float> gmm_f;    \
-  extern const GmmKernels<double> gmm_d;   \
+template <class T>
+struct Kernels {
+  MathKernels<T> math;
+  GmmKernels<T> gmm;
+};
+
+#define LATENT_DECLARE_LEVEL(level)       \
+  namespace level {                       \
+  extern const Kernels<float> kernels_f;  \
+  extern const Kernels<double> kernels_d; \
   }
 LATENT_DECLARE_LEVEL(base)
 LATENT_DECLARE_LEVEL(avx2)
 LATENT_DECLARE_LEVEL(avx512)
 #undef LATENT_DECLARE_LEVEL
+
+// Those of the level in use.
+template <class T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  static const Kernels<float>* const levels[] = {&base::kernels_f, &avx2::kernels_f, &avx512::kernels_f};
+  return *levels[static_cast<int>(isa())];
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  static const Kernels<double>* const levels[] = {&base::kernels_d, &avx2::kernels_d, &avx512::kernels_d};
+  return *levels[static_cast<int>(isa())];
+}
 
 }  // namespace latent_engine

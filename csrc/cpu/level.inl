@@ -2,7 +2,10 @@
 #include "simd.inl"
 #include "gmm.inl"
 
-extern const MathKernels<float> math_f{apply<float, exp<float>>, apply<float, log<float>>};
-extern const MathKernels<double> math_d{apply<double, exp<double>>, apply<double, log<double>>};
-extern const GmmKernels<float> gmm_f = gmm_kernels<float>();
-extern const GmmKernels<double> gmm_d = gmm_kernels<double>();
+template <class T>
+static constexpr Kernels<T> level_kernels() {
+  return {{apply<T, exp<T>>, apply<T, log<T>>}, gmm_kernels<T>()};
+}
+
+extern const Kernels<float> kernels_f = level_kernels<float>();
+extern const Kernels<double> kernels_d = level_kernels<double>();

@@ -1,7 +1,8 @@
-// Runs the kernels of csrc/cuda/gmm.cuh on the host, so that their arithmetic, indices and barriers are tested without
-// a GPU: the threads of a block are coroutines that switch at barriers, in alternating order so that a missing barrier
-// shows. Shared memory and workspaces start as NaN; a write past shared memory is an error. Called by
-// test_gpu_kernels.py.
+// Runs kernels of csrc/cuda on the host, so that their arithmetic, indices and barriers are tested without a GPU: the
+// threads of a block are coroutines that switch at barriers, in alternating order so that a missing barrier shows. Shared
+// memory and workspaces start as NaN; a write past shared memory is an error. Include it before an op's .cuh.
+#pragma once
+
 #include <ucontext.h>
 
 #include <cfloat>
@@ -124,16 +125,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int shared_floats, cudaStr
       }
 }
 
-}  // namespace latent_engine
-
-static void __syncthreads() { latent_engine::wait_at_barrier(); }
-
-#include "../csrc/cuda/gmm.cuh"
-
-namespace {
-
-using namespace latent_engine;
-
+// Floats that live as long as it does.
 struct Workspace {
   std::vector<std::vector<float>> kept;
   float* operator()(int64_t count) {
@@ -141,34 +133,6 @@ struct Workspace {
   }
 };
 
-}  // namespace
+}  // namespace latent_engine
 
-// The arguments of both calls; mirrored by `Arguments` in test_gpu_kernels.py.
-struct Call {
-  const void* z;
-  const float *means, *log_vars, *log_weights;
-  const int64_t* labels;
-  const bool* allowed;
-  int64_t N, K, D, z_row, z_col, log_vars_row, log_vars_col, z_type, wave, backwards;
-
-  gmm::Problem problem(Workspace& workspace) const {
-    WAVE = static_cast<int>(wave), reversed = backwards != 0;
-    gmm::Problem p{z, static_cast<Scalar>(z_type), z_row, z_col, means, nullptr, nullptr, labels, allowed, N, K, D};
-    gmm::prepare_mixture(p, gmm::LogVars{log_vars, log_vars_row, log_vars_col}, log_weights, workspace, 0);
-    return p;
-  }
-};
-
-extern "C" void emulate_forward(const Call* call, float* log_prob, float* responsibilities) {
-  Workspace workspace;
-  gmm::forward(call->problem(workspace), log_prob, responsibilities, workspace, 0);
-}
-
-extern "C" void emulate_backward(const Call* call, const float* grad, const float* log_prob, const float* coef,
-                                 void* grad_z, float* grad_means, float* grad_log_vars, float* grad_log_weights) {
-  Workspace workspace;
-  const gmm::Problem p = call->problem(workspace);
-  const gmm::Upstream up{grad, log_prob, coef};
-  gmm::backward_z(p, up, grad_z, workspace, 0);
-  gmm::backward_mixture(p, up, grad_means, grad_log_vars, grad_log_weights, workspace, 0);
-}
+static void __syncthreads() { latent_engine::wait_at_barrier(); }

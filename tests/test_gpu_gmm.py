@@ -5,18 +5,16 @@ CUDA through an emulation of blocks and barriers (needs only a C++ compiler), Tr
 
 import ctypes
 import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from latent_engine.kernels.reference.gmm import gmm_log_prob
 
+from emulation import compile_emulation
+
 # NumPy, on which the interpreter stands, warns of the infinities and NaNs that some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float32).eps
 POINTERS = ("z", "means", "log_vars", "log_weights", "labels", "allowed")
 SIZES = ("N", "K", "D", "z_row", "z_col", "log_vars_row", "log_vars_col", "z_type", "wave", "backwards")
@@ -31,8 +29,8 @@ class Arguments(ctypes.Structure):
 class Emulation:
     """The CUDA kernels, compiled for the host with coroutines in place of threads."""
 
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
 
     def run(self, z, means, log_vars, log_weights, labels, allowed, grad, coef, wave, backwards):
         pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
@@ -72,14 +70,7 @@ def kernels(request, tmp_path_factory):
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("TRITON_INTERPRET is not 1: Triton kernels run on the device")
         return Interpreter()
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("cuda") / "emulation.so"
-    done = subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas",
-                           HERE / "cuda_emulation.cpp", "-o", library], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Emulation(library)
+    return Emulation(compile_emulation("gmm", tmp_path_factory.mktemp("cuda")))
 
 
 def run(kernels, z, means, log_vars, log_weights, labels=None, allowed=None, grad=None, coef=None, wave=264,

@@ -1,0 +1,61 @@
+// What the bindings of CPU ops share: tensors of the stable ABI, and the cut of work into tasks.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+
+namespace latent_engine {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kTaskWork = 1 << 19;  // multiplications of a task: 20 to 40 µs
+constexpr int64_t kMaxTasks = 32;
+
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// Runs task(i) for i < n: in parallel if there is more than one. What a task computes must not depend on which thread runs it.
+template <class F>
+void for_each_task(int64_t n, const F& task) {
+  const auto range = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) task(i);
+  };
+  if (n > 1)
+    torch::stable::parallel_for(0, n, 1, range);
+  else
+    range(0, n);
+}
+
+// Runs f(first, last) over [0, n), in parallel where the n items of `work` multiplications each are worth it. The parts
+// depend on sizes only.
+template <class F>
+void in_parts(int64_t n, int64_t work, const F& f) {
+  const int64_t parts = std::clamp<int64_t>(n * work / kTaskWork, 1, kMaxTasks), step = ceil_div(n, parts);
+  for_each_task(parts, [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
+}
+
+// A contiguous tensor of the type of `like`, by the shim's direct call: `stable::new_empty` boxes its arguments, 1 µs more.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  constexpr int kMaxDims = 8;
+  int64_t strides[kMaxDims], stride = 1;
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  const int32_t dtype = like.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+}  // namespace latent_engine
