@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from latent_engine.kernels import gmm_log_prob
+from latent_engine.kernels import gmm_log_prob, gmm_log_prob_and_grad
 from latent_engine.kernels.reference import gmm as reference
 
 from .suite import Suite
@@ -40,6 +41,12 @@ def work(case: str, backward: bool) -> Work:
     N, K, D = CASES[case]
     size = 4 * (N * D + 2 * K * D + K + N)
     return Work(2 * size if backward else size, (7 if backward else 2) * N * K * D, (2 if backward else 1) * N * K)
+
+
+def direct_work(case: str, backward: bool) -> Work:
+    """As forward and backward, with the logits and their exps computed once."""
+    N, K, D = CASES[case]
+    return Work(work(case, True).bytes, 5 * N * K * D, N * K)
 
 
 def plain(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
@@ -97,7 +104,7 @@ def jax_peer(form: str) -> Callable:
     return build
 
 
-SUITES = (Suite(
+SUITE = Suite(
     op=gmm_log_prob,
     sizes=("N", "K", "D"),
     cases=CASES,
@@ -109,4 +116,7 @@ SUITES = (Suite(
     jax={"jax plain": lambda: jax_peer("plain"), "jax gemm": lambda: jax_peer("gemm")},
     # values of the plain formula: N·K·D differences and their squares
     plain_bytes=lambda case: 3 * 4 * math.prod(CASES[case]),
-),)
+)
+# The same cases without autograd, as JAX's gradients are.
+DIRECT = replace(SUITE, op=gmm_log_prob_and_grad, work=direct_work, directions=(True,), direct=True)
+SUITES = (SUITE, DIRECT)

@@ -33,6 +33,7 @@ class Suite:
     jax: dict[str, Callable] = field(default_factory=dict)
     directions: tuple[bool, ...] = (False, True)  # without and with the backward pass
     constant: int = 0  # trailing inputs that need no gradient
+    direct: bool = False  # the op gives value and gradients itself, without autograd
 
 
 @dataclass
@@ -86,7 +87,7 @@ def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Cei
 
 def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result) -> dict[str, Callable]:
     """Builders `(tensors, backward) -> call` by name; what cannot run is noted in `result.skipped`."""
-    peers = {OURS: _builder(suite, suite.op)}
+    peers = {OURS: _ours(suite)}
     too_big = suite.plain_bytes(case) > TOO_BIG
     for name, formula in suite.formulas.items():
         if formula is suite.plain and too_big:
@@ -105,6 +106,12 @@ def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result)
         else:
             result.skipped[name] = "not installed" if device == "cpu" else "CPU only"
     return peers
+
+
+def _ours(suite: Suite, **options: str) -> Callable:
+    if suite.direct:
+        return lambda tensors, backward: lambda: suite.op(*tensors, **options)
+    return _builder(suite, lambda *tensors: suite.op(*tensors, **options))
 
 
 def _builder(suite: Suite, formula: Callable) -> Callable:
@@ -132,7 +139,7 @@ def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], variable: int, b
 def _exact(suite: Suite, case: str, backward: bool, device: str) -> Any:
     """Values in float64 through the op's own reference, of which the tests show that it is right."""
     tensors = suite.inputs(case, torch.float64, device)
-    return _builder(suite, lambda *args: suite.op(*args, backend="reference"))(tensors, backward)()
+    return _ours(suite, backend="reference")(tensors, backward)()
 
 
 def _flatten(output: Any) -> list[Tensor]:

@@ -58,7 +58,8 @@ struct Inputs {
     rows = {z.size(0), z.const_data_ptr<T>(), {z.stride(0), z.stride(1)},
             labels ? labels->const_data_ptr<int64_t>() : nullptr, allowed ? allowed->const_data_ptr<bool>() : nullptr,
             allowed ? allowed->size(0) : K};
-    kernels<T>().gmm.pack(mixture);
+    in_parts(ceil_div(K, kGmmTile), 16 * kGmmTile * D,
+             [&](int64_t first, int64_t last) { kernels<T>().gmm.pack(mixture, first, last); });
   }
 };
 
@@ -79,19 +80,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& means, const T
   return {log_prob, resp};
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Of z, means, log_vars and log_weights, given the log-density, or computing it into `value`.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const Tensor& means,
-                                                    const Tensor& log_vars, const Tensor& log_weights,
-                                                    const Tensor& log_prob, const std::optional<Tensor>& labels,
-                                                    const std::optional<Tensor>& allowed, const std::optional<Tensor>& coef_,
-                                                    bool need_z, bool need_mixture) {
+Gradients backward(const Tensor& grad, const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
+                   const T* log_prob, T* value, const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
+                   const std::optional<Tensor>& coef_, bool need_z, bool need_mixture) {
   const int64_t N = z.size(0), K = means.size(0), D = means.size(1), k = need_mixture ? K : 0, d = need_mixture ? D : 0;
-  const GmmGrid grid = cut(N, K, 5 * D + 16, 512, true);
+  const GmmGrid grid = cut(N, K, 5 * D + 16, 512, !value);
   const int64_t packed = Inputs<T>::packed_size(means), rows = need_z ? (grid.splits - 1) * N * D : 0;
-  const int64_t moments = k * (2 * D + 1) * std::max<int64_t>(grid.chunks, 1);
+  const int64_t moments = round_up(k, kGmmTile) * (2 * D + 1) * std::max<int64_t>(grid.chunks, 1);
   Arena<T> arena(Scratch::launch, packed, rows, moments);
   const Inputs<T> in(arena.take(packed), z, means, log_vars, log_weights, labels, allowed);
-  const Tensor saved = as_contiguous(log_prob);
   const std::optional<Tensor> coef = coef_ ? std::optional<Tensor>(as_contiguous(*coef_)) : std::nullopt;
   Tensor dz = empty(z, {need_z ? N : 0, need_z ? D : 0});
   Tensor dmeans = empty(z, {k, d}), dlog_vars = empty(z, {k, d}), dlog_weights = empty(z, {k});
@@ -100,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                          grid,
                          grad.const_data_ptr<T>(),
                          grad.stride(0),
-                         saved.const_data_ptr<T>(),
+                         log_prob,
+                         value,
                          coef ? coef->const_data_ptr<T>() : nullptr,
                          need_z ? dz.mutable_data_ptr<T>() : nullptr,
                          arena.take(rows),
@@ -112,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   if (need_z && grid.splits > 1)
     in_parts(N * D, grid.splits, [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_rows(p, first, last); });
   if (need_mixture)
-    in_parts(K, grid.chunks * (2 * D + 1), [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_mixture(p, first, last); });
+    in_parts(ceil_div(K, kGmmTile), grid.chunks * kGmmTile * (2 * D + 1),
+             [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_mixture(p, first, last); });
   return {dz, dmeans, dlog_vars, dlog_weights};
 }
 
@@ -123,17 +126,35 @@ std::tuple<Tensor, Tensor> gmm_fwd(const Tensor& z, const Tensor& means, const T
   return f(z, means, log_vars, log_weights, labels, allowed, responsibilities);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(const Tensor& grad, const Tensor& z, const Tensor& means,
-                                                   const Tensor& log_vars, const Tensor& log_weights, const Tensor& log_prob,
-                                                   const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
-                                                   const std::optional<Tensor>& coef, bool need_z, bool need_mixture) {
-  const auto f = z.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  return f(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, need_mixture);
+Gradients gmm_bwd(const Tensor& grad, const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
+                  const Tensor& log_prob, const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
+                  const std::optional<Tensor>& coef, bool need_z, bool need_mixture) {
+  const Tensor saved = as_contiguous(log_prob);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    return backward<T>(grad, z, means, log_vars, log_weights, saved.const_data_ptr<T>(), nullptr, labels, allowed, coef, need_z,
+                       need_mixture);
+  };
+  return z.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fwd_bwd(const Tensor& grad, const Tensor& z, const Tensor& means,
+                                                               const Tensor& log_vars, const Tensor& log_weights,
+                                                               const std::optional<Tensor>& labels,
+                                                               const std::optional<Tensor>& allowed) {
+  Tensor value = empty(z, {z.size(0)});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    return backward<T>(grad, z, means, log_vars, log_weights, nullptr, value.mutable_data_ptr<T>(), labels, allowed,
+                       std::nullopt, true, true);
+  };
+  return std::tuple_cat(std::tuple(value), z.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
   m.impl("gmm_fwd", TORCH_BOX(&gmm_fwd));
   m.impl("gmm_bwd", TORCH_BOX(&gmm_bwd));
+  m.impl("gmm_fwd_bwd", TORCH_BOX(&gmm_fwd_bwd));
 }
 
 }  // namespace

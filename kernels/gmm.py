@@ -58,14 +58,10 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     >>> gmm_log_prob(z, means, torch.tensor(0.0), torch.zeros(1))
     tensor([-1.8379, -1.8379, -1.8379])
     """
-    z, means, log_vars, log_weights = working_precision("gmm_log_prob", "z", z, means, log_vars, log_weights)
-    check_floats("gmm_log_prob", means=means, z=z, log_vars=log_vars, log_weights=log_weights)
-    log_vars = _check_mixture(z, means, log_vars, log_weights)
+    z, means, log_vars, log_weights, labels, allowed = _arguments(z, means, log_vars, log_weights, labels, allowed)
     lead = z.shape[:-1]
-    if labels is not None or allowed is not None:
-        labels, allowed = _check_allowed(labels, allowed, lead, means)
     if len(lead) != 1:
-        z = z.reshape(-1, z.shape[-1])
+        z = z.reshape(lead.numel(), z.shape[-1])
 
     name = OP.choose(z, backend)
     if name == "reference":
@@ -77,8 +73,69 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     return (log_prob, resp.reshape(*lead, means.shape[0])) if responsibilities else log_prob
 
 
+def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, grad: Tensor | None = None, *,
+                          labels: Tensor | None = None, allowed: Tensor | None = None,
+                          backend: str | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`gmm_log_prob` and its gradients in one call without autograd, for steps and samplers written by hand.
+
+    On CPU the logits are computed once, not twice: 5/7 of the multiplications of forward and backward. On small batches,
+    where autograd's own steps take most of the time, it takes a third of it.
+
+    Args:
+        z, means, log_vars, log_weights, labels, allowed, backend: as in `gmm_log_prob`.
+        grad: gradient of the log-densities, `[...]`; ones if left out.
+
+    Returns:
+        The log-density `[...]` and the gradients of z, means, log_vars and log_weights in their shapes, all in the dtype
+        of the log-density. None of it is differentiable. Extra memory is of the order of the inputs and of 512·K.
+
+    Raises:
+        As `gmm_log_prob`.
+
+    >>> _, (score, *_) = gmm_log_prob_and_grad(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor(0.0), torch.zeros(1))
+    >>> score
+    tensor([[-1., -1.]])
+    """
+    shape = log_vars.shape if isinstance(log_vars, Tensor) else ()
+    z, means, log_vars, log_weights, labels, allowed = _arguments(z, means, log_vars, log_weights, labels, allowed)
+    lead = z.shape[:-1]
+    if grad is None:
+        grad = means.new_ones(lead)
+    check_floats("gmm_log_prob_and_grad", means=means, grad=grad)
+    check_shape("gmm_log_prob_and_grad", "grad", grad, tuple(lead), "[...] as in z[..., D]")
+
+    name = BOTH.choose(z, backend)
+    rows = z if len(lead) == 1 else z.reshape(lead.numel(), z.shape[-1])
+    arguments = grad.reshape(-1), rows, means, log_vars, log_weights, labels, allowed
+    if name == "reference":
+        log_prob, dz, dmeans, dlog_vars, dlog_weights = _reference_and_grad(*arguments)
+    else:
+        with torch.no_grad():
+            log_prob, dz, dmeans, dlog_vars, dlog_weights = FWD_BWD(name, *arguments)
+    if dlog_vars.shape != shape:
+        dlog_vars = dlog_vars.sum_to_size(shape)
+    return log_prob.reshape(lead), (dz.to(means.dtype).reshape(z.shape), dmeans, dlog_vars, dlog_weights)
+
+
 def _reference(z, means, *args):
     return reference.gmm_log_prob(z.to(means.dtype), means, *args)
+
+
+def _reference_and_grad(grad, z, means, log_vars, log_weights, labels, allowed):
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (z.to(means.dtype), means, log_vars, log_weights)]
+        log_prob = _reference(*leaves, labels, allowed)[0]
+        return log_prob.detach(), *torch.autograd.grad(log_prob, leaves, grad)
+
+
+def _arguments(z, means, log_vars, log_weights, labels, allowed):
+    """The checked arguments: floats in working precision, log_vars as [K, D], labels and allowed over N rows."""
+    z, means, log_vars, log_weights = working_precision("gmm_log_prob", "z", z, means, log_vars, log_weights)
+    check_floats("gmm_log_prob", means=means, z=z, log_vars=log_vars, log_weights=log_weights)
+    log_vars = _check_mixture(z, means, log_vars, log_weights)
+    if labels is not None or allowed is not None:
+        labels, allowed = _check_allowed(labels, allowed, z.shape[:-1], means)
+    return z, means, log_vars, log_weights, labels, allowed
 
 
 def _check_mixture(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
@@ -135,6 +192,11 @@ def _fake_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, 
             means.new_empty(K, D), means.new_empty(K, D), means.new_empty(K))
 
 
+def _fake_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
+    return means.new_empty(z.shape[0]), *(torch.empty_like(t, memory_format=torch.contiguous_format)
+                                          for t in (z, means, log_vars, log_weights))
+
+
 # `responsibilities` false returns an empty [0, 0] tensor in their place. In gmm_bwd, `coef` is a_nk where the forward pass
 # returned responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
 FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor? labels, "
@@ -142,13 +204,17 @@ FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Ten
 BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
                 "Tensor log_prob, Tensor? labels, Tensor? allowed, Tensor? coef, bool need_z, bool need_mixture) "
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
+FWD_BWD = Primitive("gmm", "gmm_fwd_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
+                    "Tensor? labels, Tensor? allowed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_fwd_bwd)
 
 # On CPU the half-precision arguments reach the kernels as float32.
-OP = register(Op("gmm_log_prob", "gmm_fwd", {
+SUPPORT = {
     "cpp": Support(("cpu",), (torch.float32, torch.float64, *HALF)),
     "triton": Support(("cuda",), (torch.float32, *HALF)),
     "cuda": Support(("cuda",), (torch.float32, *HALF)),
-}))
+}
+OP = register(Op("gmm_log_prob", "gmm_fwd", SUPPORT))
+BOTH = register(Op("gmm_log_prob_and_grad", "gmm_fwd_bwd", SUPPORT))
 
 
 def _save(ctx, inputs, output) -> None:

@@ -40,6 +40,9 @@ class Primitive:
         for key in _TRITON_KEYS:
             _library.impl(f"triton_{name}", run_triton, key)
 
+    def __call__(self, backend: str, *args: object) -> Any:
+        return (self.triton if backend == "triton" else self.compiled)(*args)
+
     @staticmethod
     def _define(name: str, signature: str, fake: Callable) -> OpOverload:
         _library.define(name + signature)

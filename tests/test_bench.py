@@ -21,13 +21,13 @@ def test_one_case_from_command_line_to_table(tmp_path, capsys):
     assert main(["gmm", "--case", "dgd-step", "--no-compile", "--json", str(path), "--plot", str(chart)]) == 0
     assert chart.read_bytes().startswith(b"\x89PNG")
     content = json.loads(path.read_text())
-    assert [r["backward"] for r in content["results"]] == [False, True]
+    assert [r["backward"] for r in content["results"]] == [False, True, True]
     for result in content["results"]:
         assert {OURS, "plain", "gemm"} <= result["timings"].keys()
         assert max(result["errors"].values()) < 1e-4
     assert content["machine"]["versions"]["torch"] == torch.__version__
     table = markdown(content)
-    assert table.count("| `dgd-step` |") == 1 and "Geometric mean" in table
+    assert table.count("| `dgd-step` |") == 2 and "Geometric mean" in table
     assert "gmm_log_prob dgd-step N=32 K=20 D=2, forward + backward" in capsys.readouterr().out
 
 

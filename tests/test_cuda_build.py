@@ -33,7 +33,7 @@ def undefined_symbols():
 def test_library_registers_the_primitives_in_a_fresh_process():
     program = ("from latent_engine.kernels import native; import torch; assert native._cuda_missing is None, "
                "native._cuda_missing; assert all(torch._C._dispatch_has_kernel_for_dispatch_key("
-               "'latent_engine::' + name, 'CUDA') for name in ('gmm_fwd', 'gmm_bwd'))")
+               "'latent_engine::' + name, 'CUDA') for name in ('gmm_fwd', 'gmm_bwd', 'gmm_fwd_bwd'))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_engine.kernels import gmm_log_prob, native
+from latent_engine.kernels import gmm_log_prob, gmm_log_prob_and_grad, native
 from latent_engine.kernels.reference.gmm import allowed_mask
 
 from oracles import assert_within_budget
@@ -47,7 +47,11 @@ def test_random_calls(call):
         leaves = [t.detach().requires_grad_() for t in inputs]
         value, resp = gmm_log_prob(*leaves, **options, responsibilities=True, backend=backend)
         outputs[backend] = [value.detach(), resp.detach(), *torch.autograd.grad(value, leaves, grad)]
+    value, grads = gmm_log_prob_and_grad(*inputs, grad, **options)
+    direct = [value, None, *grads]
     exact, scales = oracle.exact(*inputs, mask=mask, grad=grad)
     names = ("value", "responsibilities", "z", "means", "log_vars", "log_weights")
-    for name, actual, direct, e, s in zip(names, outputs["cpp"], outputs["reference"], exact, scales, strict=True):
-        assert_within_budget(name, actual, direct, e, s)
+    for name, actual, both, plain, e, s in zip(names, outputs["cpp"], direct, outputs["reference"], exact, scales, strict=True):
+        assert_within_budget(name, actual, plain, e, s)
+        if both is not None:
+            assert_within_budget(f"{name} of gmm_log_prob_and_grad", both, plain, e, s)

@@ -53,22 +53,23 @@ struct GmmBackward {
   GmmGrid grid;
   const T* grad;  // [N], with its stride
   int64_t grad_stride;
-  const T* log_prob;  // [N]
+  const T* log_prob;  // [N]; null if it is to be computed
+  T* value;           // [N], the computed one, or null; needs splits == 1 and no coef
   const T* coef;      // [N, K] or null
   T* dz;              // [N, D]; null if not needed
   T* dz_parts;        // [splits − 1, N, D], those of the later splits
-  T* moments;         // [chunks, K, 2D + 1]: Σ a δ, Σ a δ² per dimension, Σ a; null if not needed
+  T* moments;         // [chunks, tiles, kGmmTile · (2D + 1)], null if not needed
   T *dmeans, *dlog_vars, *dlog_weights;
 };
 
 template <class T>
 struct GmmKernels {
-  void (*pack)(const GmmMixture<T>&);
+  void (*pack)(const GmmMixture<T>&, int64_t first, int64_t last);            // tiles [first, last)
   void (*forward)(const GmmForward<T>&, int64_t task);
   void (*merge_forward)(const GmmForward<T>&);  // where splits > 1
   void (*backward)(const GmmBackward<T>&, int64_t task);
   void (*merge_rows)(const GmmBackward<T>&, int64_t first, int64_t last);     // values [first, last) of dz
-  void (*merge_mixture)(const GmmBackward<T>&, int64_t first, int64_t last);  // components [first, last)
+  void (*merge_mixture)(const GmmBackward<T>&, int64_t first, int64_t last);  // tiles [first, last)
 };
 
 }  // namespace latent_engine

@@ -7,6 +7,7 @@ constexpr int64_t kForwardRows = 64;       // rows a forward block
 constexpr int64_t kBackwardRows = 512;     // at most; fewer for large D, so that z and dz stay in the L2 cache
 constexpr int64_t kBackwardCache = 32768;  // rows · D
 constexpr int64_t kComponents = 64;        // components whose logits are held at a time
+constexpr int64_t kHeldLogits = 1 << 19;   // rows · K where all of a block's logits are held
 constexpr int kRowTile = LATENT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of rows a register tile
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -21,26 +22,32 @@ static inline T* gmm_tile(const GmmMixture<T>& m, int64_t k) {
 }
 
 template <class T>
-static void gmm_pack(const GmmMixture<T>& m) {
-  const T log_2pi = T(1.8378770664093453);
-  for (int64_t k = 0; k < m.K; ++k) {
-    T* const mean = gmm_tile(m, k / kGmmTile * kGmmTile) + k % kGmmTile;
-    T* const inverse = mean + m.D * kGmmTile;
-    T sum = 0;
-    for (int64_t d = 0; d < m.D; ++d) {
-      const T log_var = m.log_vars[k * m.log_vars_strides[0] + d * m.log_vars_strides[1]];
-      mean[d * kGmmTile] = m.means[k * m.means_strides[0] + d * m.means_strides[1]];
-      inverse[d * kGmmTile] = -log_var;
-      sum += log_var;
-    }
-    m.constants[k] = m.log_weights[k * m.log_weights_stride] - T(0.5) * (sum + T(m.D) * log_2pi);
+static inline Vec<T> exp_negative(Vec<T> x) {
+  return exp<T>(-x);
+}
+
+// Packs tiles [first, last).
+template <class T>
+static void gmm_pack(const GmmMixture<T>& m, int64_t first, int64_t last) {
+  const T log_normaliser = T(0.5) * T(m.D) * T(1.8378770664093453);  // ½ D log 2π
+  const int64_t size = m.D * kGmmTile;
+  for (int64_t k = first * kGmmTile; k < last * kGmmTile; k += kGmmTile) {
+    const int64_t n = std::min(kGmmTile, m.K - k);
+    T *const means = gmm_tile(m, k), *const inverses = means + size;
+    if (n < kGmmTile) std::fill_n(means, 2 * size, T(0));
+    transpose(m.means + k * m.means_strides[0], m.means_strides[0], m.means_strides[1], means, kGmmTile, n, m.D);
+    transpose(m.log_vars + k * m.log_vars_strides[0], m.log_vars_strides[0], m.log_vars_strides[1], inverses, kGmmTile, n, m.D);
+    T sums[kGroup<T>] = {};  // of the log-variances, in lanes of a fixed number
+    int64_t i = 0;
+    for (; i + kGroup<T> <= size; i += kGroup<T>)
+      for (int64_t j = 0; j < kGroup<T>; ++j) sums[j] += inverses[i + j];
+    for (int64_t j = 0; i + j < size; ++j) sums[j] += inverses[i + j];
+    for (int64_t j = kGroup<T> / 2; j >= kGmmTile; j /= 2)
+      for (int64_t t = 0; t < j; ++t) sums[t] += sums[t + j];
+    for (int64_t t = 0; t < kGmmTile; ++t)
+      m.constants[k + t] = t < n ? m.log_weights[(k + t) * m.log_weights_stride] - (T(0.5) * sums[t] + log_normaliser) : -kInf<T>;
+    apply<T, exp_negative<T>>(inverses, inverses, size);
   }
-  const int64_t padded = round_up(m.K, kGmmTile), size = m.D * kGmmTile;
-  for (int64_t k = m.K; k < padded; ++k) {
-    for (int64_t i = k % kGmmTile; i < 2 * size; i += kGmmTile) gmm_tile(m, k / kGmmTile * kGmmTile)[i] = 0;
-    m.constants[k] = -kInf<T>;
-  }
-  for (int64_t k = 0; k < padded; k += kGmmTile) apply<T, exp<T>>(gmm_tile(m, k) + size, gmm_tile(m, k) + size, size);
 }
 
 // Rows [first, first + n) as zt[D][stride], the last row repeated up to `padded`.
@@ -219,14 +226,17 @@ static T gmm_sum(const T* values, int64_t padded) {
   return sum_lanes<T>(sums);
 }
 
-// For one tile of components: dzt[D][stride] −= Σ_k a δ / σ², and moments[k][2D + 1] += (Σ a δ, Σ a δ²).
+// Sums of one tile over rows: [D][Σ a δ, Σ a δ²][kGmmTile], then Σ a [kGmmTile].
+static int64_t gmm_moments_size(int64_t D) { return kGmmTile * (2 * D + 1); }
+
+// For one tile of components: dzt[D][stride] −= Σ_k a δ / σ², and the rows are added to its moments.
 template <class T, bool need_z, bool need_mixture>
 static void gmm_gradient_tile(const T* zt, T* dzt, const T* coefs, int64_t stride, const T* tile, int64_t D, int64_t padded,
                               T* moments) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   const T* inverses = tile + D * kGmmTile;
   for (int64_t d = 0; d < D; ++d, zt += stride, dzt += stride, tile += kGmmTile, inverses += kGmmTile) {
-    Vec<T> first[kGmmTile][registers] = {}, second[kGmmTile][registers] = {};
+    Vec<T> sums[2 * kGmmTile] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
       Vec<T> s1[kGmmTile] = {}, s2[kGmmTile] = {}, mean[kGmmTile], inverse[kGmmTile];
@@ -244,71 +254,102 @@ static void gmm_gradient_tile(const T* zt, T* dzt, const T* coefs, int64_t strid
         if (need_z) store(dzt + i, dz);
       }
 #pragma GCC unroll 4
-      for (int k = 0; k < kGmmTile; ++k) first[k][r] = s1[k], second[k][r] = s2[k];
-    }
-    if (need_mixture)
       for (int k = 0; k < kGmmTile; ++k) {
-        moments[k * (2 * D + 1) + d] += sum_lanes<T>(first[k]);
-        moments[k * (2 * D + 1) + D + d] += sum_lanes<T>(second[k]);
+        sums[k] = r ? sums[k] + s1[k] : s1[k];
+        sums[kGmmTile + k] = r ? sums[kGmmTile + k] + s2[k] : s2[k];
       }
+    }
+    if (!need_mixture) continue;
+    T totals[std::max<int>(2 * kGmmTile, kLanes<T>)];
+    sum_halves_of<T>(sums, totals);
+    for (int64_t i = 0; i < 2 * kGmmTile; ++i) moments[d * 2 * kGmmTile + i] += totals[i];
   }
 }
 
+// Of one task: the transposed points and their gradient, and per row the incoming gradient and the shift of its logits.
+template <class T>
+struct GmmBlock {
+  int64_t stride;
+  T *zt, *dzt, *coefs, *grad, *shift;
+};
+
+// The log-density of rows [row, row + n), with the logits of all components left in coefs.
+template <class T>
+static void gmm_block_value(const GmmBackward<T>& p, const GmmBlock<T>& b, int64_t row, int64_t n, int64_t padded) {
+  const int64_t K = p.mixture.K;
+  gmm_logits(p.mixture, b.zt, 0, round_up(K, kGmmTile), padded, b.coefs, b.stride);
+  gmm_mask(p.rows, K, row, n, 0, K, b.coefs, b.stride);
+  std::fill_n(b.grad, padded, -kInf<T>);
+  std::fill_n(b.shift, padded, T(0));
+  gmm_fold(b.coefs, b.stride, K, padded, b.grad, b.shift);
+  gmm_log_sum(b.grad, b.shift, padded, b.shift);
+  std::copy_n(b.shift, n, p.value + row);
+}
+
 template <class T, bool need_z, bool need_mixture>
-static void gmm_backward_block(const GmmBackward<T>& p, int64_t row, int64_t n, int64_t stride, int64_t k0, int64_t k1, T* zt,
-                               T* dzt, T* coefs, T* grad, T* shift, T* moments) {
-  const int64_t K = p.mixture.K, D = p.mixture.D, padded = round_up(n, kGroup<T>);
-  gmm_load_rows(p.rows, row, n, padded, D, zt, stride);
+static void gmm_backward_block(const GmmBackward<T>& p, const GmmBlock<T>& b, int64_t row, int64_t n, int64_t k0, int64_t k1,
+                               T* moments) {
+  const int64_t K = p.mixture.K, D = p.mixture.D, padded = round_up(n, kGroup<T>), stride = b.stride;
+  gmm_load_rows(p.rows, row, n, padded, D, b.zt, stride);
+  if (p.value) gmm_block_value(p, b, row, n, padded);
+  const T* log_prob = p.value ? p.value : p.log_prob;
   for (int64_t i = 0; i < padded; ++i) {  // the padding weighs nothing, whatever its logits
-    const bool counts = i < n && p.log_prob[row + i] != -kInf<T>;
-    grad[i] = counts ? p.grad[(row + i) * p.grad_stride] : T(0);
-    shift[i] = counts ? p.log_prob[row + i] : kInf<T>;
+    const bool counts = i < n && log_prob[row + i] != -kInf<T>;
+    b.grad[i] = counts ? p.grad[(row + i) * p.grad_stride] : T(0);
+    b.shift[i] = counts ? log_prob[row + i] : kInf<T>;
   }
-  if (need_z) std::fill_n(dzt, D * stride, T(0));
+  if (need_z) std::fill_n(b.dzt, D * stride, T(0));
   for (int64_t k = k0; k < k1; k += kComponents) {
     const int64_t last = std::min(k1, k + kComponents), real = std::min(K, last) - k;
+    T* const coefs = b.coefs + (p.value ? k * stride : 0);
     if (p.coef) {
       std::fill_n(coefs, (last - k) * stride, T(0));
       transpose(p.coef + row * K + k, K, 1, coefs, stride, n, real);
     } else {
-      gmm_logits(p.mixture, zt, k, last, padded, coefs, stride);
-      gmm_mask(p.rows, K, row, n, k, k + real, coefs, stride);
-      gmm_coefficients(coefs, stride, last - k, padded, grad, shift);
+      if (!p.value) {
+        gmm_logits(p.mixture, b.zt, k, last, padded, coefs, stride);
+        gmm_mask(p.rows, K, row, n, k, k + real, coefs, stride);
+      }
+      gmm_coefficients(coefs, stride, last - k, padded, b.grad, b.shift);
     }
     for (int64_t j = k; j < last; j += kGmmTile) {
-      T* out = moments + (j - k0) * (2 * D + 1);
-      if (need_mixture)
-        for (int64_t t = 0; t < kGmmTile; ++t) out[t * (2 * D + 1) + 2 * D] += gmm_sum(coefs + (j - k + t) * stride, padded);
-      gmm_gradient_tile<T, need_z, need_mixture>(zt, dzt, coefs + (j - k) * stride, stride, gmm_tile(p.mixture, j), D,
+      T* const out = moments + (j - k0) * (2 * D + 1);
+      gmm_gradient_tile<T, need_z, need_mixture>(b.zt, b.dzt, coefs + (j - k) * stride, stride, gmm_tile(p.mixture, j), D,
                                                  padded, out);
+      if (need_mixture)
+        for (int64_t t = 0; t < kGmmTile; ++t) out[2 * D * kGmmTile + t] += gmm_sum(coefs + (j - k + t) * stride, padded);
     }
   }
 }
 
 template <class T>
 static void gmm_backward(const GmmBackward<T>& p, int64_t task) {
-  const int64_t K = p.mixture.K, D = p.mixture.D, N = p.rows.N, width = 2 * D + 1;
-  const int64_t split = task % p.grid.splits, chunk = task / p.grid.splits;
+  const int64_t K = p.mixture.K, D = p.mixture.D, N = p.rows.N;
+  const int64_t split = task % p.grid.splits, chunk = task / p.grid.splits, padded_K = round_up(K, kGmmTile);
   const int64_t begin = chunk * p.grid.rows, end = std::min(N, begin + p.grid.rows);
-  const int64_t k0 = split * p.grid.components, k1 = std::min(round_up(K, kGmmTile), k0 + p.grid.components);
-  const int64_t fitting = std::max(kBackwardCache / std::max<int64_t>(D, 1) / 64 * 64, int64_t(64));
-  const int64_t block_rows = std::min({kBackwardRows, fitting, round_up(end - begin, kGroup<T>)});
+  const int64_t k0 = split * p.grid.components, k1 = std::min(padded_K, k0 + p.grid.components);
+  const int64_t held = p.value ? padded_K : kComponents;
+  int64_t fitting = kBackwardCache / std::max<int64_t>(D, 1);
+  if (p.value) fitting = std::min(fitting, kHeldLogits / std::max<int64_t>(held, 1));
+  const int64_t block_rows = std::min({kBackwardRows, std::max<int64_t>(fitting / 64 * 64, 64), round_up(end - begin, kGroup<T>)});
   // At a stride of a power of two the columns would share a few cache sets: 7 % slower at D = 64.
   const int64_t stride = block_rows + kGroup<T>;
-  const int64_t moments_size = p.moments ? (k1 - k0) * width : 0;
-  Arena<T> arena(Scratch::task, D * stride, D * stride, kComponents * stride, stride, stride, moments_size);
-  T *const zt = arena.take(D * stride), *const dzt = arena.take(D * stride), *const coefs = arena.take(kComponents * stride);
-  T *const grad = arena.take(stride), *const shift = arena.take(stride), *const moments = arena.take(moments_size);
+  const int64_t moments_size = p.moments ? (k1 - k0) * (2 * D + 1) : 0;
+  Arena<T> arena(Scratch::task, D * stride, D * stride, held * stride, stride, stride, moments_size);
+  GmmBlock<T> block{stride};
+  block.zt = arena.take(D * stride), block.dzt = arena.take(D * stride), block.coefs = arena.take(held * stride);
+  block.grad = arena.take(stride), block.shift = arena.take(stride);
+  T* const moments = arena.take(moments_size);
   std::fill_n(moments, moments_size, T(0));
-  const auto block = !p.moments ? gmm_backward_block<T, true, false>
-                     : p.dz     ? gmm_backward_block<T, true, true>
-                                : gmm_backward_block<T, false, true>;
+  const auto run = !p.moments ? gmm_backward_block<T, true, false>
+                   : p.dz     ? gmm_backward_block<T, true, true>
+                              : gmm_backward_block<T, false, true>;
   for (int64_t row = begin; row < end; row += block_rows) {
     const int64_t n = std::min(block_rows, end - row);
-    block(p, row, n, stride, k0, k1, zt, dzt, coefs, grad, shift, moments);
-    if (p.dz) transpose(dzt, stride, 1, (split ? p.dz_parts + (split - 1) * N * D : p.dz) + row * D, D, D, n);
+    run(p, block, row, n, k0, k1, moments);
+    if (p.dz) transpose(block.dzt, stride, 1, (split ? p.dz_parts + (split - 1) * N * D : p.dz) + row * D, D, D, n);
   }
-  if (p.moments) std::copy_n(moments, (std::min(K, k1) - k0) * width, p.moments + (chunk * K + k0) * width);
+  if (p.moments) std::copy_n(moments, moments_size, p.moments + (chunk * padded_K + k0) * (2 * D + 1));
 }
 
 template <class T>
@@ -319,20 +360,24 @@ static void gmm_merge_rows(const GmmBackward<T>& p, int64_t first, int64_t last)
 }
 
 template <class T>
-static void gmm_merge_mixture(const GmmBackward<T>& p, int64_t k_first, int64_t k_last) {
-  const int64_t K = p.mixture.K, D = p.mixture.D, width = 2 * D + 1;
-  for (int64_t k = k_first; k < k_last; ++k) {
-    T* total = p.moments + k * width;
-    if (p.grid.chunks == 0) std::fill_n(total, width, T(0));
+static void gmm_merge_mixture(const GmmBackward<T>& p, int64_t first, int64_t last) {
+  const int64_t K = p.mixture.K, D = p.mixture.D, size = gmm_moments_size(D), tiles = round_up(K, kGmmTile) / kGmmTile;
+  for (int64_t tile = first; tile < last; ++tile) {
+    T* const total = p.moments + tile * size;
+    if (p.grid.chunks == 0) std::fill_n(total, size, T(0));
     for (int64_t chunk = 1; chunk < p.grid.chunks; ++chunk)
-      for (int64_t i = 0; i < width; ++i) total[i] += p.moments[(chunk * K + k) * width + i];
-    const T* inverses = gmm_tile(p.mixture, k / kGmmTile * kGmmTile) + D * kGmmTile + k % kGmmTile;
-    for (int64_t d = 0; d < D; ++d) {
-      const T inverse = inverses[d * kGmmTile];
-      p.dmeans[k * D + d] = inverse * total[d];
-      p.dlog_vars[k * D + d] = T(0.5) * (inverse * total[D + d] - total[2 * D]);
+      for (int64_t i = 0; i < size; ++i) total[i] += p.moments[(chunk * tiles + tile) * size + i];
+    const T* const inverses = gmm_tile(p.mixture, tile * kGmmTile) + D * kGmmTile;
+    for (int64_t t = 0; t < std::min(kGmmTile, K - tile * kGmmTile); ++t) {
+      const int64_t k = tile * kGmmTile + t;
+      const T weight = total[2 * D * kGmmTile + t];
+      for (int64_t d = 0; d < D; ++d) {
+        const T inverse = inverses[d * kGmmTile + t], *const sums = total + d * 2 * kGmmTile + t;
+        p.dmeans[k * D + d] = inverse * sums[0];
+        p.dlog_vars[k * D + d] = T(0.5) * (inverse * sums[kGmmTile] - weight);
+      }
+      p.dlog_weights[k] = weight;
     }
-    p.dlog_weights[k] = total[2 * D];
   }
 }
 

@@ -162,6 +162,29 @@ static inline T sum_lanes(const Vec<T> (&parts)[64 / LATENT_VECTOR_BYTES]) {
   return sum_halves<T>(folded[0]);
 }
 
+// Blocks of w lanes of a, then of b, each folded to w / 2: lane i with lane i + w / 2.
+template <int w, class V, int... i>
+static inline V fold_blocks(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int half = w / 2;
+  return __builtin_shufflevector(a, b, (i / half * w + i % half)...) +
+         __builtin_shufflevector(a, b, (i / half * w + i % half + half)...);
+}
+
+// out[j] = sum over the lanes of v[j], in the order of sum_halves; shuffles shared by all n cost a quarter of n separate sums.
+// `out` has room for whole vectors.
+template <class T, int w = kLanes<T>, int n>
+static inline void sum_halves_of(const Vec<T> (&v)[n], T* out) {
+  if constexpr (w == 1) {
+    for (int j = 0; j < n; ++j) store(out + j * kLanes<T>, v[j]);
+  } else {
+    Vec<T> folded[(n + 1) / 2];
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j += 2)
+      folded[j / 2] = fold_blocks<w>(v[j], v[j + 1 < n ? j + 1 : j], std::make_integer_sequence<int, kLanes<T>>{});
+    sum_halves_of<T, w / 2>(folded, out);
+  }
+}
+
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 
 // out[c·out_stride + r] = in[r·in_stride + c] for a 4 × 4 tile.

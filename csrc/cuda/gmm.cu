@@ -79,10 +79,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(Tensor grad, Tensor z, Tensor
   return {grad_z, grad_means, grad_log_vars, grad_log_weights};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fwd_bwd(Tensor grad, Tensor z, Tensor means, Tensor log_vars,
+                                                               Tensor log_weights, std::optional<Tensor> labels,
+                                                               std::optional<Tensor> allowed) {
+  const Tensor log_prob = std::get<0>(gmm_fwd(z, means, log_vars, log_weights, labels, allowed, false));
+  return std::tuple_cat(std::tuple(log_prob), gmm_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed,
+                                                      std::nullopt, true, true));
+}
+
 }  // namespace
 }  // namespace latent_engine
 
 STABLE_TORCH_LIBRARY_IMPL(latent_engine, CUDA, m) {
   m.impl("gmm_fwd", TORCH_BOX(&latent_engine::gmm_fwd));
   m.impl("gmm_bwd", TORCH_BOX(&latent_engine::gmm_bwd));
+  m.impl("gmm_fwd_bwd", TORCH_BOX(&latent_engine::gmm_fwd_bwd));
 }

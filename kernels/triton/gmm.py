@@ -225,6 +225,12 @@ def gmm_bwd(grad: Tensor, z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     return grad_z, means.new_empty(0, 0), means.new_empty(0, 0), means.new_empty(0)
 
 
+def gmm_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
+    """Log-density and gradients; the logits are computed twice."""
+    log_prob, _ = gmm_fwd(z, means, log_vars, log_weights, labels, allowed, False)
+    return log_prob, *gmm_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, None, True, True)
+
+
 def _grad_z(call: _Call, upstream: tuple[Tensor | None, ...]) -> Tensor:
     z = call.tensors[0]
     splits, share = _split(call.K, ROUND, call.row_blocks)
