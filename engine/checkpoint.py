@@ -210,6 +210,9 @@ class RunDirectory:
         """Reads the latest step into both and returns its step and epoch; later records leave `metrics.jsonl`."""
         folder = latest_step(self.path)
         meta = read_json(folder / "meta.json", "step", "epoch")
+        if self._config["train"]["epochs"] < meta["epoch"]:
+            raise CheckpointError(f"{self.path} has {meta['epoch']} epochs already, and {self._config['train']['epochs']} in "
+                                  "all were asked for. Resume with at least as many as it has.")
         weights, state = (read_tensors(folder / f"{kind}.safetensors") for kind in ("model", "state"))
         load_optimizer_tensors(system, optimizers, state, folder / "state.safetensors")
         load_state(system, weights, folder / "model.safetensors")

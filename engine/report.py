@@ -32,12 +32,13 @@ def components_of(system: DGD, z: Tensor) -> Tensor | None:
 
 
 def evaluate(system: DGD, train: Data, test: Data | None = None) -> dict[str, float]:
-    """The numbers of `format_scores`, as far as there are labels, components and test images.
+    """The numbers of `format_scores`, as far as there are components, test images, and labels of more than the ten rows
+    that a nearest-neighbour vote needs.
 
     `train` are the rows that the system was trained on; labels are those of the data, which a DGD without `classes`
     never saw.
     """
-    z, y = system.latents.z, train.y
+    z, y = system.latents.z, train.y if len(train.x) > 10 else None
     scores = {"train_nll": _nll(system, train.x, z)}
     components = components_of(system, z)
     if y is not None:

@@ -137,6 +137,13 @@ def test_a_finished_run_can_be_prolonged(run, data):
     assert json.loads((run / "config.json").read_text())["train"]["epochs"] == 4
 
 
+def test_a_run_cannot_be_shortened(run, data):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match="has 2 epochs already, and 1 in all were asked for"):
+        resume(run, data, epochs=1)
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_foreign_and_unwritable_folders_are_refused_before_training(system, data, tmp_path):
     before = system.latents.z.clone()
     (tmp_path / "thesis.txt").write_text("mine")

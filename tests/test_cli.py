@@ -70,6 +70,16 @@ def test_a_run_from_training_to_pictures(run, data, capsys):
     assert files[-1] == str(run / "explorer.html") and all(run.joinpath(f).stat().st_size > 500 for f in files)
 
 
+def test_evaluate_leaves_out_votes_of_ten_neighbours_among_few_rows(tmp_path):
+    path, run = tmp_path / "few.npz", tmp_path / "few"
+    x = np.random.default_rng(0).random((6, 4, 4)).astype(np.float32)
+    np.savez(path, x_train=x, y_train=np.arange(6) % 2, x_test=x, y_test=np.arange(6) % 2)
+    assert main(["train", "dgd", "--data", str(path), "--run", str(run), "--epochs", "1"]) == 0
+    assert main(["evaluate", str(run), "--data", str(path)]) == 0
+    scores = json.loads((run / "scores.json").read_text())
+    assert "test_nll" in scores and "knn" not in scores
+
+
 def test_gray_images_stay_gray(data, tmp_path):
     run, x = tmp_path / "gray", np.load(data)["x_test"]
     assert main(["train", "dgd", "--data", str(data), "--run", str(run), "--no-binarize", "--epochs", "2"]) == 0

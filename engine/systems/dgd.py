@@ -49,20 +49,20 @@ class DGDConfig:
     """Defaults: the MNIST model of the paper (§4.1, A.7, Table 4)."""
 
     latent_dim: int = 2
-    prior: Literal["mixture", "normal"] = "mixture"
-    components: int = 20
+    prior: Literal["mixture", "normal"] = "mixture"  # a Gaussian mixture that is learned, or N(0, I)
+    components: int = 20  # of the mixture
     classes: int = 0  # > 0: labelled components, components/classes for each class
-    covariance: Literal["diagonal", "isotropic"] = "diagonal"
-    prior_count: Literal["once", "per_sample"] = "once"
-    ball_radius: float = 10.0
-    ball_hardness: float = 5.0
-    dirichlet: float = 1.0
-    log_precision_mean: float = 2.0
+    covariance: Literal["diagonal", "isotropic"] = "diagonal"  # of each component
+    prior_count: Literal["once", "per_sample"] = "once"  # log P(φ) once in all (Eq. 3), or once a sample (authors' code)
+    ball_radius: float = 10.0  # of the soft ball that the means are drawn from
+    ball_hardness: float = 5.0  # of its surface
+    dirichlet: float = 1.0  # concentration of the prior on the weights; 1 is flat
+    log_precision_mean: float = 2.0  # of the Gaussian prior on log 1/σ²
     log_precision_std: float = 2.0
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
+    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # of a pixel
     std: float = 0.1  # of the Gaussian likelihood
     latent_init: Literal["normal", "zeros", "prior"] = "normal"  # prior: p(z | φ) at the start, given the label
-    latent_transform: Literal["identity", "sigmoid", "tanh"] = "identity"
+    latent_transform: Literal["identity", "sigmoid", "tanh"] = "identity"  # g of z = g(h), where h is learned (§2.1)
     normalize: bool = False  # representations to variance one after each epoch; for the normal prior
     optim: DGDOptim = field(default_factory=DGDOptim)
 
