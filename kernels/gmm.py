@@ -238,11 +238,12 @@ def _gradients(ctx, bwd, grad, grad_resp):
             coef += resp * grad[:, None]
     if grad is None:
         grad = torch.zeros_like(log_prob)
+    need_z, need_means, need_log_vars, need_log_weights = needs
     z, means, log_vars, log_weights, labels, allowed = tensors
-    need_z, *need_mixture = needs
-    dz, *mixture = bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, any(need_mixture))
-    return (dz if need_z else None, *(g if need else None for g, need in zip(mixture, need_mixture, strict=True)),
-            None, None, None)
+    dz, dmeans, dlog_vars, dlog_weights = bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z,
+                                              need_means or need_log_vars or need_log_weights)
+    return (dz if need_z else None, dmeans if need_means else None, dlog_vars if need_log_vars else None,
+            dlog_weights if need_log_weights else None, None, None, None)
 
 
 def _vmap(call, info, in_dims, z, means, log_vars, log_weights, labels, allowed, responsibilities):
