@@ -39,7 +39,7 @@ gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(PART)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info kernels/*.so kernels/*.log
 
 # Debian may come without ensurepip: then pip of the system, virtualenv or uv makes the environment. The target is bin/pip
 # because a failing `python -m venv` leaves a folder with bin/python behind.

@@ -1,7 +1,7 @@
 """Builds the native libraries with what the machine has; everything else is in pyproject.toml.
 
 latent_engine/kernels/_C        C++ CPU kernels and a pybind11 module (needs a C++ compiler and Python headers)
-latent_engine/kernels/_C_cuda   CUDA kernels (needs nvcc; no GPU and no CUDA build of torch)
+latent_engine/kernels/_C_cuda   CUDA kernels (needs nvcc; no GPU and no CUDA build of torch); beside it ptxas's report
 
 Environment: LATENT_ENGINE_CUDA=auto|0|1 (1: a missing nvcc is an error), LATENT_ENGINE_NATIVE=0 (pure Python),
 TORCH_CUDA_ARCH_LIST (default: 9.0a and PTX for 9.0), CXX, NVCC.
@@ -29,13 +29,16 @@ def say(message: str) -> None:
     print(f"latent-engine: {message}", file=sys.stderr, flush=True)
 
 
-def run_all(commands: list[list[str]]) -> None:
-    """Runs the compiler calls in parallel; the first failure stops the build with its output."""
+def run_all(commands: list[list[str]]) -> list[str]:
+    """Runs the compiler calls in parallel and returns what they print; the first failure stops the build with it."""
+    printed = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for command, done in zip(commands, pool.map(lambda c: subprocess.run(c, capture_output=True, text=True), commands),
                                  strict=True):
             if done.returncode:
                 sys.exit(f"latent-engine: compiling failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+            printed.append(done.stdout + done.stderr)
+    return printed
 
 
 def torch_paths() -> tuple[list[str], str]:
@@ -116,13 +119,16 @@ class NativeBuild(build_ext):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         objects = [str(folder / f"{s.stem}.o") for s in sources]
-        run_all([[nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", TARGET, *cuda_arch_flags(), *includes,
-                  f"-I{ROOT / 'csrc'}", "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)])
+        reports = run_all([[nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas=-v", TARGET,
+                            *cuda_arch_flags(), *includes, f"-I{ROOT / 'csrc'}", "-c", str(s), "-o", o]
+                           for s, o in zip(sources, objects, strict=True)])
         target = Path(self.get_ext_fullpath("latent_engine.kernels._C")).with_name("_C_cuda.so")
         target.parent.mkdir(parents=True, exist_ok=True)
         # --no-as-needed keeps libtorch.so, through which a CUDA build of torch brings the stream shim.
         run_all([[nvcc, "-shared", "--cudart", "static", *objects, f"-L{torch_lib}", "-Xlinker", "--no-as-needed", "-ltorch",
                   "-ltorch_cpu", "-lc10", "-o", str(target)]])
+        # Registers and spills of every kernel, which the tests look at.
+        target.with_suffix(".log").write_text("\n".join(f"{s.name}\n{r}" for s, r in zip(sources, reports, strict=True)))
         say(f"CUDA kernels built: {target.name}")
 
 
