@@ -57,17 +57,17 @@ class Differentiable:
     `autograd.Function`, which costs less than autograd in Python at the dispatcher.
 
     Args:
-        forward, backward: the primitives.
+        forward, backward: the primitives; no backward where the forward one makes the gradients.
         save: `setup_context(ctx, inputs, output)` of both.
         gradients: `(ctx, backward_op, *output_gradients)` -> one gradient for each argument of `forward`.
         vmap: the batching rule `(call, info, in_dims, *args)`, where `call(*args)` runs the op on folded arguments; without
             one the op raises NotImplementedError under vmap.
     """
 
-    def __init__(self, forward: Primitive, backward: Primitive, save: Callable, gradients: Callable,
+    def __init__(self, forward: Primitive, backward: Primitive | None, save: Callable, gradients: Callable,
                  vmap: Callable | None = None) -> None:
-        self._compiled = self._wire(forward.compiled, backward.compiled, save, gradients, vmap)
-        self._triton = self._wire(forward.triton, backward.triton, save, gradients, vmap)
+        self._compiled = self._wire(forward.compiled, backward and backward.compiled, save, gradients, vmap)
+        self._triton = self._wire(forward.triton, backward and backward.triton, save, gradients, vmap)
 
     def __call__(self, backend: str, *args: object) -> Any:
         op, function, apply = self._triton if backend == "triton" else self._compiled
@@ -78,7 +78,7 @@ class Differentiable:
         return apply(*args) if torch.is_grad_enabled() else function.forward(*args)
 
     @staticmethod
-    def _wire(forward_op: OpOverload, backward_op: OpOverload, save: Callable, gradients: Callable,
+    def _wire(forward_op: OpOverload, backward_op: OpOverload | None, save: Callable, gradients: Callable,
               batch: Callable | None) -> tuple[OpOverload, type[torch.autograd.Function], Callable]:
         def backward_(ctx, *grads):
             return gradients(ctx, backward_op, *grads)
