@@ -44,20 +44,22 @@ def _clock(call: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 9) -> dict[str, Timing]:
-    """Times all calls in turns, so that a disturbance of the machine hits all of them; over a second a call: 3 rounds.
+    """Times all calls in turns, so that a disturbance of the machine hits all of them.
 
-    Before each sample the call runs untimed: what the others left in caches, allocator and thread pools is not part of it.
+    What takes over a second, or over ten times the fastest, gets 3 rounds. Before each sample the call runs untimed: what
+    the others left in caches, allocator and thread pools is not part of it.
     """
-    repeats, samples = {}, {name: [] for name in calls}
+    once, samples = {}, {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(2):
             call()
-        once = min(_clock(call, 1, device) for _ in range(2))
-        repeats[name] = max(1, round(SAMPLE / max(once, 1e-7)))
-        if once > 1:
-            rounds = 3
-    for _ in range(rounds):
+        once[name] = min(_clock(call, 1, device) for _ in range(2))
+    repeats = {name: max(1, round(SAMPLE / max(t, 1e-7))) for name, t in once.items()}
+    few = {name for name, t in once.items() if t > min(1.0, 10 * min(once.values()))}
+    for turn in range(rounds):
         for name, call in calls.items():
+            if name in few and turn >= 3:
+                continue
             begin = time.perf_counter()
             call()
             while time.perf_counter() - begin < WARM_UP:

@@ -26,8 +26,8 @@ def test_one_case_from_command_line_to_table(tmp_path, capsys):
         assert {OURS, "plain", "gemm"} <= result["timings"].keys()
         assert max(result["errors"].values()) < 1e-4
     assert content["machine"]["versions"]["torch"] == torch.__version__
-    table = markdown(content)
-    assert table.count("| `dgd-step` |") == 2 and "Geometric mean" in table
+    table = markdown([content])
+    assert table.count("| `dgd-step` |") == 2 and "Geometric means" in table
     assert "gmm_log_prob dgd-step N=32 K=20 D=2, forward + backward" in capsys.readouterr().out
 
 
