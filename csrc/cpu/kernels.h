@@ -3,6 +3,7 @@
 
 #include "gmm.h"
 #include "isa.h"
+#include "logistic_mixture.h"
 
 namespace latent_engine {
 
@@ -17,6 +18,7 @@ template <class T>
 struct Kernels {
   MathKernels<T> math;
   GmmKernels<T> gmm;
+  LogisticMixtureKernels<T> logistic_mixture;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

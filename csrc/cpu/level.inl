@@ -1,10 +1,11 @@
 // Everything that is compiled once per instruction-set level; included inside the level's namespace.
 #include "simd.inl"
 #include "gmm.inl"
+#include "logistic_mixture.inl"
 
 template <class T>
 static constexpr Kernels<T> level_kernels() {
-  return {{apply<T, exp<T>>, apply<T, log<T>>}, gmm_kernels<T>()};
+  return {{apply<T, exp<T>>, apply<T, log<T>>}, gmm_kernels<T>(), logistic_mixture_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();
