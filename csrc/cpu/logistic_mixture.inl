@@ -36,99 +36,204 @@ constexpr T kHalfBin = T(1) / T(255);
 template <class T>
 constexpr T kMinLogScale = T(-7);
 
+#define LATENT_INLINE __attribute__((always_inline)) inline
+
+// n vectors that go through the same operations side by side. A core looks some 60 vector operations ahead, too few to find
+// the next chain of dependent ones behind a long one: channel by channel the kernels take 12 to 20 % longer.
+template <class T, int n>
+struct Pack {
+  Vec<T> v[n];
+
+  Pack() = default;
+  LATENT_INLINE Pack(T x) {
+    for (int j = 0; j < n; ++j) v[j] = broadcast(x);
+  }
+  // f(v of a, v of b, ...) for each vector.
+  template <class F, class... Packs>
+  static LATENT_INLINE Pack each(F f, const Packs&... packs) {
+    Pack result;
+#pragma GCC unroll 6
+    for (int j = 0; j < n; ++j) result.v[j] = f(packs.v[j]...);
+    return result;
+  }
+  LATENT_INLINE friend Pack operator+(const Pack& a, const Pack& b) {
+    return each([](Vec<T> x, Vec<T> y) { return x + y; }, a, b);
+  }
+  LATENT_INLINE friend Pack operator-(const Pack& a, const Pack& b) {
+    return each([](Vec<T> x, Vec<T> y) { return x - y; }, a, b);
+  }
+  LATENT_INLINE friend Pack operator*(const Pack& a, const Pack& b) {
+    return each([](Vec<T> x, Vec<T> y) { return x * y; }, a, b);
+  }
+  LATENT_INLINE friend Pack operator/(const Pack& a, const Pack& b) {
+    return each([](Vec<T> x, Vec<T> y) { return x / y; }, a, b);
+  }
+  LATENT_INLINE Pack operator-() const {
+    return each([](Vec<T> x) { return -x; }, *this);
+  }
+};
+
 template <class T>
-static inline Vec<T> magnitude(Vec<T> x) {
-  return x < T(0) ? -x : x;
+static inline Vec<T> sign_bit(Vec<T> x) {
+  using IntVec = typename Simd<T>::IntVec;
+  return (Vec<T>)((IntVec)x & (IntVec)broadcast(T(-0.0)));
 }
 
-// tanh x = −(e^(−2|x|) − 1) / (e^(−2|x|) + 1) with the sign of x, from e^r − 1 so that small x keep their digits.
 template <class T>
-static inline Vec<T> tanh(Vec<T> x) {
-  using S = Simd<T>;
-  using IntVec = typename S::IntVec;
-  const Vec<T> size = magnitude<T>(x), limit = broadcast(T(20)), z = T(-2) * (size > limit ? limit : size);
-  const Vec<T> shifted = z * T(1.4426950408889634) + S::round;
-  const Vec<T> n = shifted - S::round;
-  const Vec<T> r = (z - n * S::ln2_hi) - n * S::ln2_lo;
-  const Vec<T> scale = (Vec<T>)(((IntVec)shifted << S::mantissa) + S::one);
-  const Vec<T> minus_one = (horner(S::exp_poly, r) * r * r + r) * scale + (scale - T(1));
-  const Vec<T> y = minus_one / (minus_one + T(2));
-  return x < T(0) ? y : -y;
+static inline Vec<T> flip_sign(Vec<T> x, Vec<T> sign) {
+  using IntVec = typename Simd<T>::IntVec;
+  return (Vec<T>)((IntVec)x ^ (IntVec)sign);
+}
+
+template <class T, int n>
+static LATENT_INLINE Pack<T, n> magnitude(const Pack<T, n>& x) {
+  return Pack<T, n>::each([](Vec<T> a) { return flip_sign<T>(a, sign_bit<T>(a)); }, x);
+}
+
+// e^x = (1 + rest) · scale for x up to 88 (709), to 1.2 ULP; for x below −87 (−708) the smallest normal number.
+template <class T, int n>
+struct SplitExp {
+  Pack<T, n> rest, scale;
+
+  explicit LATENT_INLINE SplitExp(Pack<T, n> x) {
+    using S = Simd<T>;
+    x = Pack<T, n>::each([](Vec<T> a) { return larger(broadcast(S::exp_min), a); }, x);
+    const Pack<T, n> shifted = x * T(1.4426950408889634) + S::round, whole = shifted - S::round;
+    const Pack<T, n> r = (x - whole * S::ln2_hi) - whole * S::ln2_lo;
+    scale = Pack<T, n>::each([](Vec<T> a) { return (Vec<T>)(((typename S::IntVec)a << S::mantissa) + S::one); }, shifted);
+    rest = horner(S::exp_poly, r) * r * r + r;
+  }
+  LATENT_INLINE Pack<T, n> value() const { return rest * scale + scale; }
+  LATENT_INLINE Pack<T, n> minus_one() const { return rest * scale + (scale - T(1)); }
+};
+
+// (1 − e^(−2|x|)) / (1 + e^(−2|x|)) with the sign of x; from e^x − 1, so that small x keep their digits.
+template <class T, int n>
+static LATENT_INLINE Pack<T, n> tanh(const Pack<T, n>& x) {
+  const Pack<T, n> m = SplitExp<T, n>(T(-2) * magnitude(x)).minus_one();
+  return Pack<T, n>::each([](Vec<T> y, Vec<T> a) { return flip_sign<T>(y, sign_bit<T>(a)); }, -m / (m + T(2)), x);
 }
 
 // A block of pixels: their channels, and where their parameters lie.
 template <class T, int C>
 struct LogisticBlock {
-  T x[C][kLogisticPixels];       // levels
+  const T *x[C], *params;        // levels; parameters of the first pixel
+  int64_t plane, K;              // distance of planes of parameters; their number a row
+  int64_t n, padded;             // pixels, also in whole groups
   T centre[C][kLogisticPixels];  // of the bin; of an open bin, its inner edge
   T side[C][kLogisticPixels];    // 1 for the bin open to −∞, −1 for that open to ∞, else 0
   T counts[kLogisticPixels];     // 1 for the pixels that count, else 0
-  int64_t n, padded;             // pixels, also in whole groups
-  const T* params;               // of the first pixel
-  int64_t plane, K;              // distance of planes; their number a row
+  bool whole;                    // all of whole groups count
 
-  static constexpr int rows = C == 3 ? 10 : 3;
   static constexpr int mean_row(int c) { return 1 + 3 * c; }  // its log-scale and coefficient follow
   int64_t at(int row, int64_t k, int64_t i) const { return (row * K + k) * plane + i; }
-};
 
-// One component at one vector of pixels: log P and, by channel, what its gradients need.
-template <class T, int C>
-struct LogisticComponent {
-  Vec<T> log_prob, coef[C];  // coefficients after tanh: green on red, blue on red, blue on green
-  Vec<T> log_scale[C], inv[C], t[C], y2[C], u[C], sinh[C], cosh[C], den[C];
-
-  LogisticComponent(const LogisticBlock<T, C>& b, int64_t k, int64_t i) {
-    const T log_2h = T(-4.8481163645984805);  // log(2/255)
-    Vec<T> linear{}, num = broadcast(T(1)), product = num;
-#pragma GCC unroll 3
-    for (int c = 0; c < C; ++c) {
-      Vec<T> mean = load(b.params + b.at(b.mean_row(c), k, i));
-      log_scale[c] = load(b.params + b.at(b.mean_row(c) + 1, k, i));
-      if (C > 1) coef[c] = tanh<T>(load(b.params + b.at(b.mean_row(c) + 2, k, i)));
-      if (c == 1) mean += coef[0] * load(b.x[0] + i);
-      if (c == 2) mean += coef[1] * load(b.x[0] + i) + coef[2] * load(b.x[1] + i);
-      const Vec<T> clamped = larger(broadcast(kMinLogScale<T>), log_scale[c]), side = load(b.side[c] + i);
-      inv[c] = exp<T>(-clamped);
-      const Vec<T> y = kHalfBin<T> * inv[c];
-      y2[c] = y * y;
-      sinh[c] = horner(LogisticPoly<T>::sinh, y2[c]);
-      cosh[c] = horner(LogisticPoly<T>::cosh, y2[c]);
-      t[c] = (load(b.centre[c] + i) - mean) * inv[c];
-      const Vec<T> size = magnitude<T>(t[c]), towards = side * t[c];
-      u[c] = exp<T>(-size);
-      den[c] = T(1) + u[c] * (side != T(0) ? broadcast(T(1)) : u[c] + cosh[c]);
-      linear += side != T(0) ? (towards < T(0) ? towards : Vec<T>{}) : log_2h - clamped - size;
-      num *= side != T(0) ? broadcast(T(1)) : sinh[c];
-      product *= den[c];
-    }
-    log_prob = linear + log<T>(num / product);
+  LATENT_INLINE Pack<T, C> parameters(int row, int64_t k, int64_t i) const {
+    Pack<T, C> result;
+    for (int c = 0; c < C; ++c) result.v[c] = load(params + at(mean_row(c) + row, k, i));
+    return result;
+  }
+  static LATENT_INLINE Pack<T, C> channels(const T (&array)[C][kLogisticPixels], int64_t i) {
+    Pack<T, C> result;
+    for (int c = 0; c < C; ++c) result.v[c] = load(array[c] + i);
+    return result;
   }
 };
 
-// Pixels [pixel, pixel + n) of an image. Parameters of a broken group, or with pixels that do not count, are packed: their
-// planes lie kLogisticPixels apart and hold 0 for what does not count.
+// One component at one vector of pixels: P = ratio · e^linear and, by channel, what its gradients need. The ratio lies between
+// 2e-6 and 614, so that weights and sums over components take it as it is and no component costs a logarithm.
+template <class T, int C>
+struct LogisticComponent {
+  Vec<T> ratio, linear;
+  Pack<T, C> coef;  // after tanh: green on red, blue on red, blue on green
+  Pack<T, C> log_scale, side, inv, t, y2, u, sinh, cosh, den;
+
+  LATENT_INLINE LogisticComponent(const LogisticBlock<T, C>& b, int64_t k, int64_t i) {
+    using P = Pack<T, C>;
+    const T log_2h = T(-4.8481163645984805);  // log(2/255)
+    log_scale = b.parameters(1, k, i);
+    const P clamped = P::each([](Vec<T> s) { return larger(broadcast(kMinLogScale<T>), s); }, log_scale);
+    inv = SplitExp<T, C>(-clamped).value();
+    P mean = b.parameters(0, k, i);
+    if constexpr (C == 3) {
+      coef = tanh(b.parameters(2, k, i));
+      const Vec<T> red = load(b.x[0] + i), green = load(b.x[1] + i);
+      mean.v[1] += coef.v[0] * red;
+      mean.v[2] += coef.v[1] * red + coef.v[2] * green;
+    }
+    side = b.channels(b.side, i);
+    t = (b.channels(b.centre, i) - mean) * inv;
+    const P size = magnitude(t), y = kHalfBin<T> * inv;
+    u = SplitExp<T, C>(-size).value();
+    y2 = y * y;
+    sinh = horner(LogisticPoly<T>::sinh, y2);
+    cosh = horner(LogisticPoly<T>::cosh, y2);
+    den = T(1) + u * P::each([](Vec<T> s, Vec<T> a) { return s != T(0) ? broadcast(T(1)) : a; }, side, u + cosh);
+    const P num = P::each([](Vec<T> s, Vec<T> a) { return s != T(0) ? broadcast(T(1)) : a; }, side, sinh);
+    const P terms = P::each([](Vec<T> s, Vec<T> towards, Vec<T> a) {
+      return s != T(0) ? (towards < T(0) ? towards : Vec<T>{}) : a;
+    }, side, side * t, log_2h - clamped - size);
+    linear = terms.v[0], ratio = num.v[0];
+    Vec<T> product = den.v[0];
+    for (int c = 1; c < C; ++c) linear += terms.v[c], ratio *= num.v[c], product *= den.v[c];
+    ratio /= product;
+  }
+};
+
+// Copies n values, 0 for what does not count and up to `padded`.
+template <class T>
+static void logistic_pack(const T* from, const T* counts, int64_t n, int64_t padded, T* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = counts[i] != T(0) ? from[i] : T(0);
+  std::fill(to + n, to + padded, T(0));
+}
+
+// Pixels [pixel, pixel + n) of an image. If they are not whole groups that all count, `packed` takes a copy of their planes
+// of parameters and levels, kLogisticPixels apart.
 template <class T, int C>
 static void logistic_load(const LogisticMixture<T>& in, int64_t image, int64_t pixel, int64_t n, T* packed,
                           LogisticBlock<T, C>& b) {
   const int64_t planes = in.planes(), row = image % in.N;
   b.n = n, b.padded = round_up(n, kGroup<T>), b.K = in.K;
-  bool whole = n == b.padded;
-  for (int64_t i = 0; i < b.padded; ++i) b.counts[i] = i < n && (!in.mask || in.mask[row * in.P + pixel + i]);
-  for (int64_t i = 0; i < n; ++i) whole &= b.counts[i] != T(0);
+  b.whole = n == b.padded;
+  std::fill_n(b.counts, n, T(1));
+  std::fill_n(b.counts + n, b.padded - n, T(0));
+  if (in.mask)
+    for (int64_t i = 0; i < n; ++i) b.counts[i] = in.mask[row * in.P + pixel + i], b.whole &= b.counts[i] != T(0);
+  b.params = in.params + image * planes * in.P + pixel, b.plane = in.P;
+  if (!b.whole) {
+    for (int64_t p = 0; p < planes; ++p)
+      logistic_pack(b.params + p * in.P, b.counts, n, b.padded, packed + p * kLogisticPixels);
+    b.params = packed, b.plane = kLogisticPixels;
+  }
   for (int c = 0; c < C; ++c) {
-    const T* x = in.x + (row * C + c) * in.P + pixel;
-    for (int64_t i = 0; i < b.padded; ++i) {
-      const T level = b.counts[i] != T(0) ? x[i] : T(0);
-      const T side = T(level < kHalfBin<T> - T(1)) - T(level > T(1) - kHalfBin<T>);
-      b.x[c][i] = level, b.side[c][i] = side, b.centre[c][i] = level + side * kHalfBin<T>;
+    b.x[c] = in.x + (row * C + c) * in.P + pixel;
+    if (!b.whole) {
+      T* const to = packed + (planes + c) * kLogisticPixels;
+      logistic_pack(b.x[c], b.counts, n, b.padded, to);
+      b.x[c] = to;
+    }
+    for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
+      const Vec<T> level = load(b.x[c] + i), one = broadcast(T(1));
+      const Vec<T> side = (level < kHalfBin<T> - T(1) ? one : Vec<T>{}) - (level > T(1) - kHalfBin<T> ? one : Vec<T>{});
+      store(b.side[c] + i, side);
+      store(b.centre[c] + i, level + side * kHalfBin<T>);
     }
   }
-  const T* params = in.params + image * planes * in.P + pixel;
-  b.params = whole ? params : packed, b.plane = whole ? in.P : kLogisticPixels;
-  if (whole) return;
-  for (int64_t p = 0; p < planes; ++p)
-    for (int64_t i = 0; i < b.padded; ++i) packed[p * kLogisticPixels + i] = b.counts[i] != T(0) ? params[p * in.P + i] : T(0);
+}
+
+// log Σ_k ratio_k e^(linear_k), the ratios 1 where null, over components `stride` apart.
+template <class T>
+static void logistic_log_sum(const T* linear, const T* ratio, int64_t stride, int64_t K, int64_t padded, T* out) {
+  for (int64_t i = 0; i < padded; i += kLanes<T>) {
+    Vec<T> top = broadcast(-kInf<T>), sum{};
+    for (int64_t k = 0; k < K; ++k) top = larger(load(linear + k * stride + i), top);
+    top = gmm_shift<T>(top);
+    for (int64_t k = 0; k < K; ++k) {
+      const Vec<T> term = exp<T>(load(linear + k * stride + i) - top);
+      sum += ratio ? term * load(ratio + k * stride + i) : term;
+    }
+    store(out + i, top + log<T>(sum));
+  }
 }
 
 template <class T, int C>
@@ -136,9 +241,10 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
   const LogisticMixture<T>& in = p.in;
   constexpr int64_t stride = kLogisticPixels;
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
-  Arena<T> arena(Scratch::task, in.planes() * stride, in.K * stride, 6 * stride);
-  T *const packed = arena.take(in.planes() * stride), *const logits = arena.take(in.K * stride), *const top = arena.take(6 * stride);
-  T *const sum = top + stride, *const log_sum[2] = {top + 2 * stride, top + 3 * stride};
+  Arena<T> arena(Scratch::task, (in.planes() + C) * stride, in.K * stride, in.K * stride);
+  T* const packed = arena.take((in.planes() + C) * stride);
+  T *const linear = arena.take(in.K * stride), *const ratio = arena.take(in.K * stride);
+  T log_sum[2][stride];
   LogisticBlock<T, C> b;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / in.parts(), begin = item % in.parts() * kLogisticPart, end = std::min(in.P, begin + kLogisticPart);
@@ -146,15 +252,15 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
     for (int64_t pixel = begin; pixel < end; pixel += stride) {
       logistic_load(in, image, pixel, std::min(stride, end - pixel), packed, b);
       for (int64_t k = 0; k < in.K; ++k)
-        for (int64_t i = 0; i < b.padded; i += kLanes<T>)
-          store(logits + k * stride + i, load(b.params + b.at(0, k, i)) + LogisticComponent<T, C>(b, k, i).log_prob);
-      for (int half = 0; half < 2; ++half) {
-        std::fill_n(top, stride, -kInf<T>);
-        std::fill_n(sum, stride, T(0));
-        gmm_fold(half ? b.params : logits, half ? b.plane : stride, in.K, b.padded, top, sum);
-        gmm_log_sum(top, sum, b.padded, log_sum[half]);
-        if (p.log_sums) std::copy_n(log_sum[half], b.n, p.log_sums + (2 * image + half) * in.P + pixel);
-      }
+        for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
+          const LogisticComponent<T, C> component(b, k, i);
+          store(linear + k * stride + i, load(b.params + b.at(0, k, i)) + component.linear);
+          store(ratio + k * stride + i, component.ratio);
+        }
+      logistic_log_sum(linear, ratio, stride, in.K, b.padded, log_sum[0]);
+      logistic_log_sum<T>(b.params, nullptr, b.plane, in.K, b.padded, log_sum[1]);
+      if (p.log_sums)
+        for (int half = 0; half < 2; ++half) std::copy_n(log_sum[half], b.n, p.log_sums + (2 * image + half) * in.P + pixel);
       for (int64_t i = 0; i < b.padded; i += 64 / sizeof(T))
         for (int r = 0; r < registers; ++r) {
           const int64_t j = i + r * kLanes<T>;
@@ -168,22 +274,31 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
 // The gradients of one component at one vector of pixels, of which `weight` is g r_k and `share` g π_k, to the planes that
 // start at `out`.
 template <class T, int C>
-static inline void logistic_gradients(const LogisticBlock<T, C>& b, const LogisticComponent<T, C>& comp, int64_t k, int64_t i,
-                                      Vec<T> weight, Vec<T> share, T* out) {
+static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const LogisticComponent<T, C>& m, int64_t k, int64_t i,
+                                             Vec<T> weight, Vec<T> share, T* out) {
+  using P = Pack<T, C>;
+  const P inv_den = T(1) / m.den, inside = (m.u * m.u - T(1)) * inv_den;
+  const P dt = P::each([](Vec<T> s, Vec<T> t, Vec<T> u, Vec<T> d, Vec<T> a) {
+    return s != T(0) ? (s * t < T(0) ? broadcast(T(1)) : u) * d * s : flip_sign<T>(a, sign_bit<T>(t));
+  }, m.side, m.t, m.u, inv_den, inside);
+  const P width = T(2) * m.u * m.y2 * m.sinh * inv_den - T(0.5) * m.cosh / m.sinh;
+  P weights;
+  for (int c = 0; c < C; ++c) weights.v[c] = weight;
+  const P dmean = -weights * m.inv * dt;
+  const P dlog_scale = P::each([](Vec<T> raw, Vec<T> s, Vec<T> w, Vec<T> open, Vec<T> a) {
+    return raw < kMinLogScale<T> ? Vec<T>{} : w * ((s != T(0) ? Vec<T>{} : a) - open);
+  }, m.log_scale, m.side, weights, m.t * dt, width);
   store(out + b.at(0, k, i), weight - share);
-#pragma GCC unroll 3
   for (int c = 0; c < C; ++c) {
-    const Vec<T> side = load(b.side[c] + i), t = comp.t[c], u = comp.u[c], inv_den = T(1) / comp.den[c];
-    const Vec<T> inside = (u * u - T(1)) * inv_den, open = (side * t < T(0) ? broadcast(T(1)) : u) * inv_den * side;
-    const Vec<T> dt = side != T(0) ? open : (t < T(0) ? -inside : inside);
-    const Vec<T> width = T(2) * u * comp.y2[c] * comp.sinh[c] * inv_den - T(0.5) * comp.cosh[c] / comp.sinh[c];
-    const Vec<T> dlog_scale = (side != T(0) ? Vec<T>{} : width) - t * dt, dmean = -weight * comp.inv[c] * dt;
-    store(out + b.at(b.mean_row(c), k, i), dmean);
-    store(out + b.at(b.mean_row(c) + 1, k, i), comp.log_scale[c] < kMinLogScale<T> ? Vec<T>{} : weight * dlog_scale);
-    if (c == 1) store(out + b.at(3, k, i), dmean * load(b.x[0] + i) * (T(1) - comp.coef[0] * comp.coef[0]));
-    if (c == 2)
-      for (int j = 1; j < 3; ++j)
-        store(out + b.at(3 * j + 3, k, i), dmean * load(b.x[j - 1] + i) * (T(1) - comp.coef[j] * comp.coef[j]));
+    store(out + b.at(b.mean_row(c), k, i), dmean.v[c]);
+    store(out + b.at(b.mean_row(c) + 1, k, i), dlog_scale.v[c]);
+  }
+  if constexpr (C == 3) {
+    const P slope = T(1) - m.coef * m.coef;
+    const Vec<T> red = load(b.x[0] + i), green = load(b.x[1] + i);
+    store(out + b.at(3, k, i), slope.v[0] * dmean.v[1] * red);
+    store(out + b.at(6, k, i), slope.v[1] * dmean.v[2] * red);
+    store(out + b.at(9, k, i), slope.v[2] * dmean.v[2] * green);
   }
 }
 
@@ -192,8 +307,8 @@ static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first
   const LogisticMixture<T>& in = p.in;
   const int64_t planes = in.planes();
   constexpr int64_t stride = kLogisticPixels;
-  Arena<T> arena(Scratch::task, planes * stride, planes * stride, 3 * stride);
-  T *const packed = arena.take(planes * stride), *const unpacked = arena.take(planes * stride), *const grad = arena.take(3 * stride);
+  Arena<T> arena(Scratch::task, (planes + C) * stride, planes * stride, 3 * stride);
+  T *const packed = arena.take((planes + C) * stride), *const unpacked = arena.take(planes * stride), *const grad = arena.take(3 * stride);
   T *const log_sum[2] = {grad + stride, grad + 2 * stride};
   LogisticBlock<T, C> b;
   for (int64_t item = first; item < last; ++item) {
@@ -207,15 +322,15 @@ static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first
           log_sum[half][i] = counts ? p.log_sums[(2 * image + half) * in.P + pixel + i] : T(0);
       }
       T* const out = p.dparams + image * planes * in.P + pixel;
-      T* const to = b.params == packed ? unpacked : out;
+      T* const to = b.whole ? out : unpacked;
       for (int64_t k = 0; k < in.K; ++k)
         for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
           const LogisticComponent<T, C> comp(b, k, i);
           const Vec<T> logit = load(b.params + b.at(0, k, i)), g = load(grad + i);
-          logistic_gradients(b, comp, k, i, g * exp<T>(logit + comp.log_prob - load(log_sum[0] + i)),
+          logistic_gradients(b, comp, k, i, g * exp<T>(logit + comp.linear - load(log_sum[0] + i)) * comp.ratio,
                              g * exp<T>(logit - load(log_sum[1] + i)), to);
         }
-      if (to == unpacked)
+      if (!b.whole)
         for (int64_t plane = 0; plane < planes; ++plane) std::copy_n(unpacked + plane * stride, b.n, out + plane * in.P);
     }
   }
