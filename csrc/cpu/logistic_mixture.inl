@@ -277,11 +277,11 @@ template <class T, int C>
 static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const LogisticComponent<T, C>& m, int64_t k, int64_t i,
                                              Vec<T> weight, Vec<T> share, T* out) {
   using P = Pack<T, C>;
-  const P inv_den = T(1) / m.den, inside = (m.u * m.u - T(1)) * inv_den;
+  const P inv_both = T(1) / (m.den * m.sinh), inv_den = m.sinh * inv_both, inside = (m.u * m.u - T(1)) * inv_den;
   const P dt = P::each([](Vec<T> s, Vec<T> t, Vec<T> u, Vec<T> d, Vec<T> a) {
     return s != T(0) ? (s * t < T(0) ? broadcast(T(1)) : u) * d * s : flip_sign<T>(a, sign_bit<T>(t));
   }, m.side, m.t, m.u, inv_den, inside);
-  const P width = T(2) * m.u * m.y2 * m.sinh * inv_den - T(0.5) * m.cosh / m.sinh;
+  const P width = T(2) * m.u * m.y2 * m.sinh * inv_den - T(0.5) * m.cosh * m.den * inv_both;
   P weights;
   for (int c = 0; c < C; ++c) weights.v[c] = weight;
   const P dmean = -weights * m.inv * dt;
