@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& params, const 
   const int64_t parts = in.parts();
   Arena<T> arena(Scratch::launch, in.images * parts);
   T* const sums = arena.take(in.images * parts);
-  Tensor log_prob = empty(x, {in.images}), log_sums = empty(x, {save ? in.images : 0, 2, save ? in.P : 0});
-  const LogisticMixtureForward<T> p{in, sums, save ? log_sums.mutable_data_ptr<T>() : nullptr};
+  Tensor log_prob = empty(x, {in.images}), stats = empty(x, {save ? in.images : 0, 3, save ? in.P : 0});
+  const LogisticMixtureForward<T> p{in, sums, save ? stats.mutable_data_ptr<T>() : nullptr};
   in_parts(in.images * parts, part_work(in), [&](int64_t first, int64_t last) {
     kernels<T>().logistic_mixture.forward(p, first, last);
   });
@@ -51,17 +51,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& params, const 
     for (int64_t j = 0; j < parts; ++j) total += sums[i * parts + j];
     out[i] = static_cast<T>(total);
   }
-  return {log_prob, log_sums};
+  return {log_prob, stats};
 }
 
 template <class T>
 Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& params, const std::optional<Tensor>& mask,
-                const Tensor& log_sums_) {
+                const Tensor& stats_) {
   const Inputs<T> inputs(x, params, mask);
   const LogisticMixture<T> in = inputs.arguments();
-  const Tensor log_sums = as_contiguous(log_sums_);
+  const Tensor stats = as_contiguous(stats_);
   Tensor dparams = empty(x, {in.images, in.planes(), in.P});
-  const LogisticMixtureBackward<T> p{in, grad.const_data_ptr<T>(), grad.stride(0), log_sums.const_data_ptr<T>(),
+  const LogisticMixtureBackward<T> p{in, grad.const_data_ptr<T>(), grad.stride(0), stats.const_data_ptr<T>(),
                                      dparams.mutable_data_ptr<T>()};
   in_parts(in.images * in.parts(), 2 * part_work(in), [&](int64_t first, int64_t last) {
     kernels<T>().logistic_mixture.backward(p, first, last);
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> logistic_mixture_fwd(const Tensor& x, const Tensor& p
 }
 
 Tensor logistic_mixture_bwd(const Tensor& grad, const Tensor& x, const Tensor& params, const std::optional<Tensor>& mask,
-                            const Tensor& log_sums) {
-  return (x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>)(grad, x, params, mask, log_sums);
+                            const Tensor& stats) {
+  return (x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>)(grad, x, params, mask, stats);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {

@@ -43,7 +43,7 @@ def logistic_mixture_log_prob(x: Tensor, params: Tensor, *, mask: Tensor | None 
         `[..., N]`. float64 inputs give float64; float32, and bfloat16 and float16, give float32, as does everything under
         autocast.
 
-    Differentiable, twice, in `params`; `x` is data and gets no gradient. Time O(S·N·K·H·W); extra memory of two values a
+    Differentiable, twice, in `params`; `x` is data and gets no gradient. Time O(S·N·K·H·W); extra memory of three values a
     pixel, and the gradient. The same inputs give the same bits, at any number of threads.
 
     Raises:
@@ -95,19 +95,20 @@ def _check(x: Tensor, params: Tensor, mask: Tensor | None) -> None:
 
 def _fake_fwd(x, params, mask, save):
     images, pixels = params.shape[0], x.shape[2]
-    return x.new_empty(images), x.new_empty((images, 2, pixels) if save else (0, 2, 0))
+    return x.new_empty(images), x.new_empty((images, 3, pixels) if save else (0, 3, 0))
 
 
-def _fake_bwd(grad, x, params, mask, log_sums):
+def _fake_bwd(grad, x, params, mask, stats):
     return torch.empty_like(params, memory_format=torch.contiguous_format)
 
 
-# x[N,C,P] params[S·N,R·K,P] mask[N,P]. With `save`, forward also gives log Σ_k e^(logit + log P) and log Σ_k e^logit of every
-# pixel, [S·N, 2, P], from which backward has its weights in one pass; their difference is the pixel's log-likelihood.
+# x[N,C,P] params[S·N,R·K,P] mask[N,P]. With l_k = logit_k + Σ_c log P_kc and `save`, forward also gives of every pixel a shift t
+# near the largest l_k, Σ_k e^(l_k − t) and log Σ_k e^logit_k, [S·N, 3, P]: backward then needs one pass over the components, and
+# a dominant one has the weight 1 to the bit.
 FWD = Primitive("logistic_mixture", "logistic_mixture_fwd",
                 "(Tensor x, Tensor params, Tensor? mask, bool save) -> (Tensor, Tensor)", _fake_fwd)
 BWD = Primitive("logistic_mixture", "logistic_mixture_bwd",
-                "(Tensor grad, Tensor x, Tensor params, Tensor? mask, Tensor log_sums) -> Tensor", _fake_bwd)
+                "(Tensor grad, Tensor x, Tensor params, Tensor? mask, Tensor stats) -> Tensor", _fake_bwd)
 
 # On CPU the half-precision arguments reach the kernels as float32.
 OP = register(Op("logistic_mixture_log_prob", "logistic_mixture_fwd", {
@@ -124,12 +125,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, bwd, grad, _):
-    x, params, mask, log_sums = ctx.saved_tensors
+    x, params, mask, stats = ctx.saved_tensors
     if grad is None or not ctx.needs_input_grad[1]:
         return (None,) * 4
     if torch.is_grad_enabled():  # double backward
         return (*reference_gradients(_reference, (x, params, mask), (False, True, False), (grad,)), None)
-    return None, bwd(grad, x, params, mask, log_sums), None, None
+    return None, bwd(grad, x, params, mask, stats), None, None
 
 
 _logistic_mixture = Differentiable(FWD, BWD, _save, _gradients)

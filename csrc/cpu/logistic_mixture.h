@@ -22,8 +22,8 @@ struct LogisticMixture {
 template <class T>
 struct LogisticMixtureForward {
   LogisticMixture<T> in;
-  T* sums;      // [images, parts]
-  T* log_sums;  // [images, 2, P] or null: log Σ_k e^(logit + log P) and log Σ_k e^logit
+  T* sums;   // [images, parts]
+  T* stats;  // [images, 3, P] or null: a shift t, Σ_k e^(logit + log P − t), log Σ_k e^logit
 };
 
 template <class T>
@@ -31,8 +31,8 @@ struct LogisticMixtureBackward {
   LogisticMixture<T> in;
   const T* grad;  // [images], with its stride
   int64_t grad_stride;
-  const T* log_sums;  // [images, 2, P]
-  T* dparams;         // [images, rows · K, P]
+  const T* stats;  // [images, 3, P]
+  T* dparams;      // [images, rows · K, P]
 };
 
 // Parts [first, last) of images · parts.

@@ -221,9 +221,10 @@ static void logistic_load(const LogisticMixture<T>& in, int64_t image, int64_t p
   }
 }
 
-// log Σ_k ratio_k e^(linear_k), the ratios 1 where null, over components `stride` apart.
+// For each pixel the largest of K exponents, and the sum of their exponentials over that of the largest, times the ratios,
+// which are 1 where null. Components lie `stride` apart.
 template <class T>
-static void logistic_log_sum(const T* linear, const T* ratio, int64_t stride, int64_t K, int64_t padded, T* out) {
+static void logistic_sum(const T* linear, const T* ratio, int64_t stride, int64_t K, int64_t padded, T* tops, T* sums) {
   for (int64_t i = 0; i < padded; i += kLanes<T>) {
     Vec<T> top = broadcast(-kInf<T>), sum{};
     for (int64_t k = 0; k < K; ++k) top = larger(load(linear + k * stride + i), top);
@@ -232,7 +233,8 @@ static void logistic_log_sum(const T* linear, const T* ratio, int64_t stride, in
       const Vec<T> term = exp<T>(load(linear + k * stride + i) - top);
       sum += ratio ? term * load(ratio + k * stride + i) : term;
     }
-    store(out + i, top + log<T>(sum));
+    store(tops + i, top);
+    store(sums + i, sum);
   }
 }
 
@@ -244,7 +246,6 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
   Arena<T> arena(Scratch::task, (in.planes() + C) * stride, in.K * stride, in.K * stride);
   T* const packed = arena.take((in.planes() + C) * stride);
   T *const linear = arena.take(in.K * stride), *const ratio = arena.take(in.K * stride);
-  T log_sum[2][stride];
   LogisticBlock<T, C> b;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / in.parts(), begin = item % in.parts() * kLogisticPart, end = std::min(in.P, begin + kLogisticPart);
@@ -257,15 +258,19 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
           store(linear + k * stride + i, load(b.params + b.at(0, k, i)) + component.linear);
           store(ratio + k * stride + i, component.ratio);
         }
-      logistic_log_sum(linear, ratio, stride, in.K, b.padded, log_sum[0]);
-      logistic_log_sum<T>(b.params, nullptr, b.plane, in.K, b.padded, log_sum[1]);
-      if (p.log_sums)
-        for (int half = 0; half < 2; ++half) std::copy_n(log_sum[half], b.n, p.log_sums + (2 * image + half) * in.P + pixel);
+      T stats[3][stride], prior_sum[stride];
+      logistic_sum(linear, ratio, stride, in.K, b.padded, stats[0], stats[1]);
+      logistic_sum<T>(b.params, nullptr, b.plane, in.K, b.padded, stats[2], prior_sum);
       for (int64_t i = 0; i < b.padded; i += 64 / sizeof(T))
         for (int r = 0; r < registers; ++r) {
           const int64_t j = i + r * kLanes<T>;
-          total[r] += load(b.counts + j) != T(0) ? load(log_sum[0] + j) - load(log_sum[1] + j) : Vec<T>{};
+          const Vec<T> prior = load(stats[2] + j) + log<T>(load(prior_sum + j));
+          const Vec<T> log_prob = load(stats[0] + j) + (log<T>(load(stats[1] + j)) - prior);
+          total[r] += load(b.counts + j) != T(0) ? log_prob : Vec<T>{};
+          store(stats[2] + j, prior);
         }
+      if (p.stats)
+        for (int s = 0; s < 3; ++s) std::copy_n(stats[s], b.n, p.stats + (3 * image + s) * in.P + pixel);
     }
     p.sums[item] = sum_lanes<T>(total);
   }
@@ -307,28 +312,31 @@ static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first
   const LogisticMixture<T>& in = p.in;
   const int64_t planes = in.planes();
   constexpr int64_t stride = kLogisticPixels;
-  Arena<T> arena(Scratch::task, (planes + C) * stride, planes * stride, 3 * stride);
-  T *const packed = arena.take((planes + C) * stride), *const unpacked = arena.take(planes * stride), *const grad = arena.take(3 * stride);
-  T *const log_sum[2] = {grad + stride, grad + 2 * stride};
+  Arena<T> arena(Scratch::task, (planes + C) * stride, planes * stride);
+  T *const packed = arena.take((planes + C) * stride), *const unpacked = arena.take(planes * stride);
   LogisticBlock<T, C> b;
   for (int64_t item = first; item < last; ++item) {
     const int64_t image = item / in.parts(), begin = item % in.parts() * kLogisticPart, end = std::min(in.P, begin + kLogisticPart);
+    const T image_grad = p.grad[image * p.grad_stride];
     for (int64_t pixel = begin; pixel < end; pixel += stride) {
       logistic_load(in, image, pixel, std::min(stride, end - pixel), packed, b);
+      T grad[stride], over_sum[stride], top[stride], prior[stride];  // what does not count weighs nothing
+      const T* const stats = p.stats + 3 * image * in.P + pixel;
       for (int64_t i = 0; i < b.padded; ++i) {
         const bool counts = b.counts[i] != T(0);
-        grad[i] = counts ? p.grad[image * p.grad_stride] : T(0);
-        for (int half = 0; half < 2; ++half)
-          log_sum[half][i] = counts ? p.log_sums[(2 * image + half) * in.P + pixel + i] : T(0);
+        grad[i] = counts ? image_grad : T(0);
+        top[i] = counts ? stats[i] : T(0);
+        over_sum[i] = counts ? image_grad / stats[in.P + i] : T(0);
+        prior[i] = counts ? stats[2 * in.P + i] : T(0);
       }
       T* const out = p.dparams + image * planes * in.P + pixel;
       T* const to = b.whole ? out : unpacked;
       for (int64_t k = 0; k < in.K; ++k)
         for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
-          const LogisticComponent<T, C> comp(b, k, i);
-          const Vec<T> logit = load(b.params + b.at(0, k, i)), g = load(grad + i);
-          logistic_gradients(b, comp, k, i, g * exp<T>(logit + comp.linear - load(log_sum[0] + i)) * comp.ratio,
-                             g * exp<T>(logit - load(log_sum[1] + i)), to);
+          const LogisticComponent<T, C> m(b, k, i);
+          const Vec<T> logit = load(b.params + b.at(0, k, i));
+          logistic_gradients(b, m, k, i, load(over_sum + i) * m.ratio * exp<T>(logit + m.linear - load(top + i)),
+                             load(grad + i) * exp<T>(logit - load(prior + i)), to);
         }
       if (!b.whole)
         for (int64_t plane = 0; plane < planes; ++plane) std::copy_n(unpacked + plane * stride, b.n, out + plane * in.P);
