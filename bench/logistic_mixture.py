@@ -13,6 +13,7 @@ from latent_engine.kernels.reference import logistic_mixture as reference
 from .suite import Suite
 from .timing import Work
 
+LOG_BIN = 4.8481163645984805  # log(255/2)
 # name: (images, channels, components, pixels a side)
 CASES = {
     "dmol-pixel": (16, 3, 5, 4),
@@ -27,13 +28,14 @@ def params_first(params: Tensor, x: Tensor, **options: str) -> Tensor:
 
 
 def inputs(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Parameters as of a network in training: means in the range of the levels, scales of 2 to 20 levels."""
+    """Parameters as of a network in training: means around the levels, scales of 2 to 20 levels."""
     N, C, K, side = CASES[case]
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (N, C, side, side), generator=generator) / 127.5 - 1
     params = torch.randn(N, 10 if C == 3 else 3, K, side, side, generator=generator)
-    params[:, 1::3] *= 0.5
+    params[:, 1::3] = x[:, :, None] + 0.1 * params[:, 1::3]
     params[:, 2::3] = 0.6 * params[:, 2::3] - 3.5
+    params[:, 3::3] *= 0.1
     return params.flatten(1, 2).to(device, dtype), x.to(device, dtype)
 
 
@@ -64,16 +66,25 @@ def published(params: Tensor, x: Tensor) -> Tensor:
     centred, inv = x - means, torch.exp(-log_scales)
     upper, lower, middle = inv * (centred + 1 / 255), inv * (centred - 1 / 255), inv * centred
     difference = upper.sigmoid() - lower.sigmoid()
-    thin = middle - log_scales - 2 * softplus(middle) - 4.8481163645984805  # log(2/255)
+    thin = middle - log_scales - 2 * softplus(middle) - LOG_BIN
     inside = torch.where(difference > 1e-5, difference.clamp(min=1e-12).log(), thin)
     log_prob = torch.where(x < -0.999, upper - softplus(upper), torch.where(x > 0.999, -softplus(lower), inside))
     return (log_prob.sum(1) + logits.log_softmax(1)).logsumexp(1).sum((1, 2))
 
 
-def jax_peer() -> Callable:
-    """`jax.jit` of the formula of PixelCNN++: forward, or value and gradient."""
+def jax_peer(form: str) -> Callable:
+    """`jax.jit` of the same formulas: forward, or value and gradient."""
     import jax
     import jax.numpy as jnp
+
+    def exact(upper, middle, lower, log_scales):
+        width = -jnp.expm1(-2 / 255 * jnp.exp(-log_scales))
+        return jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower) + jnp.log(width)
+
+    def switched(upper, middle, lower, log_scales):
+        difference = jax.nn.sigmoid(upper) - jax.nn.sigmoid(lower)
+        thin = middle - log_scales - 2 * jax.nn.softplus(middle) - LOG_BIN
+        return jnp.where(difference > 1e-5, jnp.log(jnp.maximum(difference, 1e-12)), thin)
 
     def log_prob(params, x):
         N, C, *size = x.shape
@@ -84,13 +95,11 @@ def jax_peer() -> Callable:
             coefs = jnp.tanh(rest[:, :, 2])
             means = jnp.stack((means[:, 0], means[:, 1] + coefs[:, 0] * x[:, 0],
                                means[:, 2] + coefs[:, 1] * x[:, 0] + coefs[:, 2] * x[:, 1]), 1)
-        centred, inv = x - means, jnp.exp(-log_scales)
-        upper, lower, middle = inv * (centred + 1 / 255), inv * (centred - 1 / 255), inv * centred
-        difference = jax.nn.sigmoid(upper) - jax.nn.sigmoid(lower)
-        thin = middle - log_scales - 2 * jax.nn.softplus(middle) - 4.8481163645984805
-        inside = jnp.where(difference > 1e-5, jnp.log(jnp.maximum(difference, 1e-12)), thin)
-        edges = jnp.where(x > 0.999, -jax.nn.softplus(lower), inside)
-        values = jnp.where(x < -0.999, upper - jax.nn.softplus(upper), edges)
+        inv = jnp.exp(-log_scales)
+        upper, middle, lower = (inv * (x - means + shift) for shift in (1 / 255, 0, -1 / 255))
+        inside = (exact if form == "plain" else switched)(upper, middle, lower, log_scales)
+        edges = jnp.where(x > 0.999, jax.nn.log_sigmoid(-lower), inside)
+        values = jnp.where(x < -0.999, jax.nn.log_sigmoid(upper), edges)
         return jax.nn.logsumexp(values.sum(1) + jax.nn.log_softmax(logits, 1), axis=1).sum((1, 2))
 
     @jax.jit
@@ -116,7 +125,7 @@ SUITES = (Suite(
     work=work,
     plain=plain,
     formulas={"plain": plain, "published": published},
-    jax={"jax published": jax_peer},
+    jax={"jax plain": lambda: jax_peer("plain"), "jax published": lambda: jax_peer("published")},
     constant=1,
     # about ten values a channel, component and pixel
     plain_bytes=lambda case: 40 * CASES[case][0] * CASES[case][1] * CASES[case][2] * CASES[case][3] ** 2,
