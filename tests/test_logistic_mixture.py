@@ -72,11 +72,13 @@ def test_agrees_with_scipy():
     wide = (scale > 0.02) & (np.abs(x_ - mean) < 5 * scale)  # where the difference keeps its digits
     ours = logistic_mixture_log_prob(x, params, mask=torch.from_numpy(wide)[None])
     assert wide.sum() > 50
-    np.testing.assert_allclose(ours.item(), np.log(upper - lower)[wide].sum(), rtol=1e-11)
+    np.testing.assert_allclose(ours.item(), np.log((upper - lower)[wide]).sum(), rtol=1e-11)
 
 
 def test_grey_levels_sum_to_one(implementation):
     backend, device = implementation
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for hundreds of images")
     for dtype in dtypes_of(backend):
         _, params = images(1, 1, 4, 3, 5, dtype, device)
         params = params[0].reshape(12, -1).T[:, :, None, None]  # every pixel an image
@@ -88,6 +90,8 @@ def test_grey_levels_sum_to_one(implementation):
 def test_blue_sums_to_the_density_of_red_and_green(implementation):
     """Summed over the 256 levels of the last channel, what is left is the mixture of the first two."""
     backend, device = implementation
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for hundreds of images")
     x, params = images(1, 3, 3, 1, 1, device=device)
     x[0, :2, 0, 0] = torch.tensor([-1.0, 51 / 255])
     images_of_all_blues = x.repeat(256, 1, 1, 1)
@@ -158,10 +162,10 @@ def test_extreme_parameters(implementation, C):
 
 @pytest.mark.parametrize("log_scale", [-7.0, -6.9, 0.0, 30.0, 60.0])
 def test_single_scales_keep_their_digits(implementation, log_scale):
-    """Bins much wider and much thinner than the scale, level by level; a bin's probability is never 0."""
+    """Bins much wider and much thinner than the scale; a bin's probability is never 0."""
     backend, device = implementation
-    x = LEVELS.view(256, 1, 1, 1).to(device)
-    params = torch.zeros(256, 3, 1, 1, device=device)
+    x = LEVELS.view(16, 1, 1, 16).to(device)
+    params = torch.zeros(16, 3, 1, 16, device=device)
     params[:, 1], params[:, 2] = 0.1, log_scale
     check([x, params], backend, scaled=True)
     assert logistic_mixture_log_prob(x, params, backend=backend).isfinite().all()
@@ -305,7 +309,7 @@ def test_compiles_to_one_graph(dynamic):
 
 
 def test_func_grad_and_vmap():
-    x, params = images(2, 3, 2, 3, 4)
+    x, params = images(2, 3, 2, 3, 4, torch.float64)
     leaf = params.clone().requires_grad_()
     expected, = torch.autograd.grad(logistic_mixture_log_prob(x, leaf).sum(), leaf)
     torch.testing.assert_close(torch.func.grad(lambda p: logistic_mixture_log_prob(x, p).sum())(params), expected)

@@ -63,11 +63,11 @@ def exact(x: Tensor, params: Tensor, grad: Tensor, mask: Tensor | None = None) -
         return (out * counts[:, None, None]).reshape(flat.shape)
 
     slope = 1 - coefs**2 if C == 3 else None
-    total = np.where(resp > 0, size.sum(-4) + np.abs(logits), 0)
+    total = np.where(resp > 0, size.sum(-4) + np.abs(logits), 0)  # −inf weighs nothing
     spread = 1 + total + (resp * total).sum(-3, keepdims=True)
     steep = inv * (np.abs(da) + np.abs(db)) * (1 + np.abs(x * inv) + np.abs(means * inv))
     wide = (1 + np.abs(a) + np.abs(b)) * (1 + np.abs(x * inv) + np.abs(means * inv))
     scales = [np.where(counts, (resp * total).sum(-3), 0).sum((-2, -1)),
-              np.abs(gradients(np.abs(g) * resp * spread, np.abs(g) * np.where(share > 0, share * (1 + np.abs(logits)), 0), steep, wide,
+              np.abs(gradients(np.abs(g) * resp * spread, np.abs(g) * share * (1 + np.where(share > 0, np.abs(logits), 0)), steep, wide,
                                slope if slope is None else np.abs(slope) + 1e-3, -1))]
     return [value, gradients(g * resp, g * share, dmean, dlog_scale, slope, 1)], scales
