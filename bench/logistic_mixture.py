@@ -56,7 +56,8 @@ def plain(params: Tensor, x: Tensor) -> Tensor:
 
 def published(params: Tensor, x: Tensor) -> Tensor:
     """The formula of PixelCNN++: the difference of two sigmoids, and the density at the middle where that is below 1e-5."""
-    (N, C), K = x.shape[:2], params.shape[1] // (10 if x.shape[1] == 3 else 3)
+    C = x.shape[1]
+    K = params.shape[1] // (10 if C == 3 else 3)
     logits, rest = params[:, :K], params[:, K:].unflatten(1, (C, -1, K))
     x, means, log_scales = x[:, :, None], rest[:, :, 0], rest[:, :, 1].clamp(min=-7)
     if C == 3:

@@ -11,9 +11,12 @@ from latent_engine.kernels import BackendError, logistic_mixture_log_prob, nativ
 from oracles import assert_within_budget
 from oracles import logistic_mixture as oracle
 
+# NumPy, on which Triton's interpreter stands, warns of the infinities and NaNs that some tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 LEVELS = torch.arange(256) / 127.5 - 1
 # N, C, K, H, W: one, primes, whole and broken groups of pixels, several parts of an image, more than one group of each
-SIZES = [(1, 1, 1, 1, 1), (2, 3, 1, 1, 3), (3, 1, 5, 4, 4), (2, 3, 4, 5, 7), (1, 3, 10, 8, 8), (2, 1, 3, 28, 28), (1, 3, 2, 23, 29)]
+SIZES = [(1, 1, 1, 1, 1), (2, 3, 1, 1, 3), (3, 1, 5, 4, 4), (2, 3, 4, 5, 7), (1, 3, 10, 8, 8), (2, 1, 3, 28, 28),
+         (1, 3, 2, 23, 29)]
 
 
 def images(N: int, C: int, K: int, H: int, W: int, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -82,8 +85,8 @@ def test_grey_levels_sum_to_one(implementation):
     for dtype in dtypes_of(backend):
         _, params = images(1, 1, 4, 3, 5, dtype, device)
         params = params[0].reshape(12, -1).T[:, :, None, None]  # every pixel an image
-        levels = LEVELS.to(params)
-        log_prob = torch.stack([logistic_mixture_log_prob(level.expand(15, 1, 1, 1), params, backend=backend) for level in levels])
+        log_prob = torch.stack([logistic_mixture_log_prob(level.expand(15, 1, 1, 1), params, backend=backend)
+                                for level in LEVELS.to(params)])
         torch.testing.assert_close(log_prob.exp().sum(0), torch.ones_like(log_prob[0]))
 
 
@@ -173,15 +176,14 @@ def test_single_scales_keep_their_digits(implementation, log_scale):
 
 def test_nan_reaches_only_its_image(implementation):
     backend, device = implementation
-    for row in (0, 4, 9, 13, 39):
-        x, params = images(3, 3, 4, 5, 5, device=device)
-        params[1, row, 2, 3] = torch.nan
+    for row in (0, 2, 5, 7, 19):  # logit, mean, log-scale, coefficient
+        x, params = images(3, 3, 2, 2, 5, device=device)
+        params[1, row, 1, 3] = torch.nan
         value, grad = run([x, params], torch.ones(3, device=device), backend=backend)
         assert value.isnan().tolist() == [False, True, False]
         pixels = grad.isnan().any(1)
-        assert pixels[1, 2, 3] and pixels.sum() == 1
-    x, params = images(3, 3, 4, 5, 5, device=device)
-    x[2, 1, 4, 4] = torch.nan
+        assert pixels[1, 1, 3] and pixels.sum() == 1
+    x[2, 1, 1, 4], params[1] = torch.nan, 0.0
     assert run([x, params], None, backend=backend)[0].isnan().tolist() == [False, False, True]
 
 

@@ -1,7 +1,7 @@
 // See logistic_mixture.h. Pixels lie across lanes, so that every plane of parameters is read and written in order; a block
 // of pixels takes one component after the other. Per pixel and component of three channels forward costs nine exps (two a
-// channel, one a coefficient), one logarithm of a product over the channels, and 42 FMAs of polynomials; the two
-// log-sum-exps over components add two exps.
+// channel, one a coefficient), 45 multiplications and FMAs of polynomials and four divisions, and the sums over components
+// two exps; logarithms there are two a pixel. Backward recomputes that and needs the sums of forward only.
 
 constexpr int64_t kLogisticPixels = 64;  // pixels of a block
 
@@ -221,6 +221,17 @@ static void logistic_load(const LogisticMixture<T>& in, int64_t image, int64_t p
   }
 }
 
+// f(image, pixel) for the blocks of one part, with `b` loaded.
+template <class T, int C, class F>
+static void logistic_blocks(const LogisticMixture<T>& in, int64_t part, T* packed, LogisticBlock<T, C>& b, const F& f) {
+  const int64_t image = part / in.parts(), begin = part % in.parts() * kLogisticPart;
+  const int64_t end = std::min(in.P, begin + kLogisticPart);
+  for (int64_t pixel = begin; pixel < end; pixel += kLogisticPixels) {
+    logistic_load(in, image, pixel, std::min(kLogisticPixels, end - pixel), packed, b);
+    f(image, pixel);
+  }
+}
+
 // For each pixel the largest of K exponents, and the sum of their exponentials over that of the largest, times the ratios,
 // which are 1 where null. Components lie `stride` apart.
 template <class T>
@@ -238,49 +249,54 @@ static void logistic_sum(const T* linear, const T* ratio, int64_t stride, int64_
   }
 }
 
+template <class T>
+using LogisticStats = T[3][kLogisticPixels];
+
+// The statistics of a block; `linear` and `ratio` take K · kLogisticPixels values.
+template <class T, int C>
+static void logistic_stats(const LogisticBlock<T, C>& b, T* linear, T* ratio, LogisticStats<T>& stats) {
+  constexpr int64_t stride = kLogisticPixels;
+  for (int64_t k = 0; k < b.K; ++k)
+    for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
+      const LogisticComponent<T, C> m(b, k, i);
+      store(linear + k * stride + i, load(b.params + b.at(0, k, i)) + m.linear);
+      store(ratio + k * stride + i, m.ratio);
+    }
+  T prior_sum[stride];
+  logistic_sum(linear, ratio, stride, b.K, b.padded, stats[0], stats[1]);
+  logistic_sum<T>(b.params, nullptr, b.plane, b.K, b.padded, stats[2], prior_sum);
+  for (int64_t i = 0; i < b.padded; i += kLanes<T>) store(stats[2] + i, load(stats[2] + i) + log<T>(load(prior_sum + i)));
+}
+
 template <class T, int C>
 static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, int64_t last) {
-  const LogisticMixture<T>& in = p.in;
-  constexpr int64_t stride = kLogisticPixels;
-  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
-  Arena<T> arena(Scratch::task, (in.planes() + C) * stride, in.K * stride, in.K * stride);
-  T* const packed = arena.take((in.planes() + C) * stride);
-  T *const linear = arena.take(in.K * stride), *const ratio = arena.take(in.K * stride);
+  const int64_t planes = (p.in.planes() + C) * kLogisticPixels, terms = p.in.K * kLogisticPixels;
+  Arena<T> arena(Scratch::task, planes, terms, terms);
+  T *const packed = arena.take(planes), *const linear = arena.take(terms), *const ratio = arena.take(terms);
   LogisticBlock<T, C> b;
-  for (int64_t item = first; item < last; ++item) {
-    const int64_t image = item / in.parts(), begin = item % in.parts() * kLogisticPart, end = std::min(in.P, begin + kLogisticPart);
-    Vec<T> total[registers] = {};
-    for (int64_t pixel = begin; pixel < end; pixel += stride) {
-      logistic_load(in, image, pixel, std::min(stride, end - pixel), packed, b);
-      for (int64_t k = 0; k < in.K; ++k)
-        for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
-          const LogisticComponent<T, C> component(b, k, i);
-          store(linear + k * stride + i, load(b.params + b.at(0, k, i)) + component.linear);
-          store(ratio + k * stride + i, component.ratio);
-        }
-      T stats[3][stride], prior_sum[stride];
-      logistic_sum(linear, ratio, stride, in.K, b.padded, stats[0], stats[1]);
-      logistic_sum<T>(b.params, nullptr, b.plane, in.K, b.padded, stats[2], prior_sum);
-      for (int64_t i = 0; i < b.padded; i += 64 / sizeof(T))
-        for (int r = 0; r < registers; ++r) {
+  for (int64_t part = first; part < last; ++part) {
+    Vec<T> total[64 / LATENT_VECTOR_BYTES] = {};
+    logistic_blocks(p.in, part, packed, b, [&](int64_t image, int64_t pixel) {
+      LogisticStats<T> stats;
+      logistic_stats(b, linear, ratio, stats);
+      for (int64_t i = 0; i < b.padded; i += kGroup<T>)
+        for (int r = 0; r < 64 / LATENT_VECTOR_BYTES; ++r) {
           const int64_t j = i + r * kLanes<T>;
-          const Vec<T> prior = load(stats[2] + j) + log<T>(load(prior_sum + j));
-          const Vec<T> log_prob = load(stats[0] + j) + (log<T>(load(stats[1] + j)) - prior);
+          const Vec<T> log_prob = load(stats[0] + j) + (log<T>(load(stats[1] + j)) - load(stats[2] + j));
           total[r] += load(b.counts + j) != T(0) ? log_prob : Vec<T>{};
-          store(stats[2] + j, prior);
         }
       if (p.stats)
-        for (int s = 0; s < 3; ++s) std::copy_n(stats[s], b.n, p.stats + (3 * image + s) * in.P + pixel);
-    }
-    p.sums[item] = sum_lanes<T>(total);
+        for (int s = 0; s < 3; ++s) std::copy_n(stats[s], b.n, p.stats + (3 * image + s) * p.in.P + pixel);
+    });
+    p.sums[part] = sum_lanes<T>(total);
   }
 }
 
 // The gradients of one component at one vector of pixels, of which `weight` is g r_k and `share` g π_k, to the planes that
 // start at `out`.
 template <class T, int C>
-static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const LogisticComponent<T, C>& m, int64_t k, int64_t i,
-                                             Vec<T> weight, Vec<T> share, T* out) {
+static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const LogisticComponent<T, C>& m, int64_t k,
+                                             int64_t i, Vec<T> weight, Vec<T> share, T* out) {
   using P = Pack<T, C>;
   const P inv_both = T(1) / (m.den * m.sinh), inv_den = m.sinh * inv_both, inside = (m.u * m.u - T(1)) * inv_den;
   const P dt = P::each([](Vec<T> s, Vec<T> t, Vec<T> u, Vec<T> d, Vec<T> a) {
@@ -309,39 +325,32 @@ static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const
 
 template <class T, int C>
 static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first, int64_t last) {
-  const LogisticMixture<T>& in = p.in;
-  const int64_t planes = in.planes();
-  constexpr int64_t stride = kLogisticPixels;
-  Arena<T> arena(Scratch::task, (planes + C) * stride, planes * stride);
-  T *const packed = arena.take((planes + C) * stride), *const unpacked = arena.take(planes * stride);
+  const int64_t planes = p.in.planes(), P = p.in.P;
+  Arena<T> arena(Scratch::task, (planes + C) * kLogisticPixels, planes * kLogisticPixels);
+  T *const packed = arena.take((planes + C) * kLogisticPixels), *const unpacked = arena.take(planes * kLogisticPixels);
   LogisticBlock<T, C> b;
-  for (int64_t item = first; item < last; ++item) {
-    const int64_t image = item / in.parts(), begin = item % in.parts() * kLogisticPart, end = std::min(in.P, begin + kLogisticPart);
-    const T image_grad = p.grad[image * p.grad_stride];
-    for (int64_t pixel = begin; pixel < end; pixel += stride) {
-      logistic_load(in, image, pixel, std::min(stride, end - pixel), packed, b);
-      T grad[stride], over_sum[stride], top[stride], prior[stride];  // what does not count weighs nothing
-      const T* const stats = p.stats + 3 * image * in.P + pixel;
-      for (int64_t i = 0; i < b.padded; ++i) {
-        const bool counts = b.counts[i] != T(0);
-        grad[i] = counts ? image_grad : T(0);
-        top[i] = counts ? stats[i] : T(0);
-        over_sum[i] = counts ? image_grad / stats[in.P + i] : T(0);
-        prior[i] = counts ? stats[2 * in.P + i] : T(0);
-      }
-      T* const out = p.dparams + image * planes * in.P + pixel;
-      T* const to = b.whole ? out : unpacked;
-      for (int64_t k = 0; k < in.K; ++k)
-        for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
-          const LogisticComponent<T, C> m(b, k, i);
-          const Vec<T> logit = load(b.params + b.at(0, k, i));
-          logistic_gradients(b, m, k, i, load(over_sum + i) * m.ratio * exp<T>(logit + m.linear - load(top + i)),
-                             load(grad + i) * exp<T>(logit - load(prior + i)), to);
-        }
-      if (!b.whole)
-        for (int64_t plane = 0; plane < planes; ++plane) std::copy_n(unpacked + plane * stride, b.n, out + plane * in.P);
+  const auto block = [&](int64_t image, int64_t pixel) {
+    T grad[kLogisticPixels], over_sum[kLogisticPixels], top[kLogisticPixels], prior[kLogisticPixels];
+    const T* const stats = p.stats + 3 * image * P + pixel;
+    for (int64_t i = 0; i < b.padded; ++i) {
+      const bool counts = b.counts[i] != T(0);  // what does not weighs nothing
+      grad[i] = counts ? p.grad[image * p.grad_stride] : T(0);
+      top[i] = counts ? stats[i] : T(0);
+      over_sum[i] = counts ? grad[i] / stats[P + i] : T(0);
+      prior[i] = counts ? stats[2 * P + i] : T(0);
     }
-  }
+    T* const out = p.dparams + image * planes * P + pixel;
+    for (int64_t k = 0; k < b.K; ++k)
+      for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
+        const LogisticComponent<T, C> m(b, k, i);
+        const Vec<T> logit = load(b.params + b.at(0, k, i));
+        logistic_gradients(b, m, k, i, load(over_sum + i) * m.ratio * exp<T>(logit + m.linear - load(top + i)),
+                           load(grad + i) * exp<T>(logit - load(prior + i)), b.whole ? out : unpacked);
+      }
+    if (!b.whole)
+      for (int64_t plane = 0; plane < planes; ++plane) std::copy_n(unpacked + plane * b.plane, b.n, out + plane * P);
+  };
+  for (int64_t part = first; part < last; ++part) logistic_blocks(p.in, part, packed, b, block);
 }
 
 template <class T>

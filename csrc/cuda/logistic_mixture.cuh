@@ -151,7 +151,8 @@ __global__ void merge_parts(const float* sums, int64_t images, int64_t parts, fl
 
 // grad_params [images, rows · K, P] in the type of the parameters; 0 for pixels that do not count.
 template <int C>
-__global__ void __launch_bounds__(THREADS) backward_pixels(Problem p, const float* grad, const float* stats, void* grad_params) {
+__global__ void __launch_bounds__(THREADS)
+    backward_pixels(Problem p, const float* grad, const float* stats, void* grad_params) {
   const Pixel<C> pixel(p);
   if (pixel.index >= p.P) return;
   if (!pixel.counts) {
@@ -199,7 +200,8 @@ void forward(const Problem& p, float* log_prob, float* stats, Workspace& workspa
 
 inline void backward(const Problem& p, const float* grad, const float* stats, void* grad_params, cudaStream_t stream) {
   if (p.images * p.P == 0) return;
-  launch(p.C == 3 ? backward_pixels<3> : backward_pixels<1>, grid(p.images * p.parts()), 0, stream, p, grad, stats, grad_params);
+  launch(p.C == 3 ? backward_pixels<3> : backward_pixels<1>, grid(p.images * p.parts()), 0, stream, p, grad, stats,
+         grad_params);
 }
 
 }  // namespace latent_engine::logistic_mixture

@@ -19,7 +19,7 @@ def exact(x: Tensor, params: Tensor, grad: Tensor, mask: Tensor | None = None) -
     x, flat, g = longdouble(x), longdouble(params), longdouble(grad)[..., None, None, None]
     N, C, H_, W = x.shape
     rows = 10 if C == 3 else 3
-    p = flat.reshape(*flat.shape[:-3], rows, -1, H_, W)
+    p = flat.reshape(*flat.shape[:-3], rows, flat.shape[-3] // rows, H_, W)
     logits, rest = p[..., 0, :, :, :], p[..., 1:, :, :, :].reshape(*p.shape[:-4], C, (rows - 1) // C, *p.shape[-3:])
     x = x[:, :, None]
     means, raw = rest[..., 0, :, :, :].copy(), rest[..., 1, :, :, :]
@@ -48,7 +48,8 @@ def exact(x: Tensor, params: Tensor, grad: Tensor, mask: Tensor | None = None) -
     da, db = np.exp(_log_sigmoid(-a)), -np.exp(_log_sigmoid(b))
     dmean = -inv * np.where(low, da, np.where(high, db, da + db))
     dlog_scale = np.where(low, -a * da, np.where(high, -b * db, -a * da - b * db - ends))
-    size = np.abs(np.where(low | high, 0, np.log(w))) + np.abs(a) + np.abs(b) + np.abs(raw) + np.abs(x * inv) + np.abs(means * inv)
+    moved = np.abs(x * inv) + np.abs(means * inv)
+    size = np.where(low | high, 0, np.abs(np.log(w))) + np.abs(a) + np.abs(b) + np.abs(raw) + moved
 
     def gradients(weight, share, dmean, dlog_scale, slope, sign):
         out = np.zeros_like(p)
@@ -65,9 +66,9 @@ def exact(x: Tensor, params: Tensor, grad: Tensor, mask: Tensor | None = None) -
     slope = 1 - coefs**2 if C == 3 else None
     total = np.where(resp > 0, size.sum(-4) + np.abs(logits), 0)  # −inf weighs nothing
     spread = 1 + total + (resp * total).sum(-3, keepdims=True)
-    steep = inv * (np.abs(da) + np.abs(db)) * (1 + np.abs(x * inv) + np.abs(means * inv))
-    wide = (1 + np.abs(a) + np.abs(b)) * (1 + np.abs(x * inv) + np.abs(means * inv))
+    steep = inv * (np.abs(da) + np.abs(db)) * (1 + moved)
+    wide = (1 + np.abs(a) + np.abs(b)) * (1 + moved)
+    weights = np.abs(g) * resp * spread, np.abs(g) * share * (1 + np.where(share > 0, np.abs(logits), 0))
     scales = [np.where(counts, (resp * total).sum(-3), 0).sum((-2, -1)),
-              np.abs(gradients(np.abs(g) * resp * spread, np.abs(g) * share * (1 + np.where(share > 0, np.abs(logits), 0)), steep, wide,
-                               slope if slope is None else np.abs(slope) + 1e-3, -1))]
+              np.abs(gradients(*weights, steep, wide, slope if slope is None else slope + 1e-3, -1))]
     return [value, gradients(g * resp, g * share, dmean, dlog_scale, slope, 1)], scales
