@@ -66,9 +66,12 @@ def exact(x: Tensor, params: Tensor, grad: Tensor, mask: Tensor | None = None) -
     slope = 1 - coefs**2 if C == 3 else None
     total = np.where(resp > 0, size.sum(-4) + np.abs(logits), 0)  # −inf weighs nothing
     spread = 1 + total + (resp * total).sum(-3, keepdims=True)
-    steep = inv * (np.abs(da) + np.abs(db)) * (1 + moved)
-    wide = (1 + np.abs(a) + np.abs(b)) * (1 + moved)
+    # a weight has the relative error `spread`; da and db have what the errors of a and b, of the size `moved`, make of them
+    moved = moved + np.abs(a) + np.abs(b)
+    bend, spread_ = np.abs(da) * (1 - np.abs(da)) + np.abs(db) * (1 - np.abs(db)), spread[..., None, :, :, :]
+    steep = inv * ((np.abs(da) + np.abs(db)) * spread_ + bend * moved)
+    wide = (np.abs(a * da) + np.abs(b * db) + ends) * spread_ + (np.abs(a) + np.abs(b)) * bend * moved
     weights = np.abs(g) * resp * spread, np.abs(g) * share * (1 + np.where(share > 0, np.abs(logits), 0))
     scales = [np.where(counts, (resp * total).sum(-3), 0).sum((-2, -1)),
-              np.abs(gradients(*weights, steep, wide, slope if slope is None else slope + 1e-3, -1))]
+              np.abs(gradients(*weights, steep / spread_, wide / spread_, slope if slope is None else slope + 1e-3, -1))]
     return [value, gradients(g * resp, g * share, dmean, dlog_scale, slope, 1)], scales
