@@ -32,9 +32,9 @@ struct LogisticPoly<double> {
 };
 
 template <class T>
-constexpr T kHalfBin = T(1) / T(255);
+constexpr T kLogisticHalfBin = T(1) / T(255);
 template <class T>
-constexpr T kMinLogScale = T(-7);
+constexpr T kLogisticMinLogScale = T(-7);
 
 #define LATENT_INLINE __attribute__((always_inline)) inline
 
@@ -90,7 +90,7 @@ static LATENT_INLINE Pack<T, n> magnitude(const Pack<T, n>& x) {
   return Pack<T, n>::each([](Vec<T> a) { return flip_sign<T>(a, sign_bit<T>(a)); }, x);
 }
 
-// e^x = (1 + rest) · scale for x up to 88 (709), to 1.2 ULP; for x below −87 (−708) the smallest normal number.
+// e^x = (1 + rest) · scale for x up to 88 (709), to 1 ULP; for x below −87 (−708) the smallest normal number.
 template <class T, int n>
 struct SplitExp {
   Pack<T, n> rest, scale;
@@ -152,7 +152,7 @@ struct LogisticComponent {
     using P = Pack<T, C>;
     const T log_2h = T(-4.8481163645984805);  // log(2/255)
     log_scale = b.parameters(1, k, i);
-    const P clamped = P::each([](Vec<T> s) { return larger(broadcast(kMinLogScale<T>), s); }, log_scale);
+    const P clamped = P::each([](Vec<T> s) { return larger(broadcast(kLogisticMinLogScale<T>), s); }, log_scale);
     inv = SplitExp<T, C>(-clamped).value();
     P mean = b.parameters(0, k, i);
     if constexpr (C == 3) {
@@ -163,7 +163,7 @@ struct LogisticComponent {
     }
     side = b.channels(b.side, i);
     t = (b.channels(b.centre, i) - mean) * inv;
-    const P size = magnitude(t), y = kHalfBin<T> * inv;
+    const P size = magnitude(t), y = kLogisticHalfBin<T> * inv;
     u = SplitExp<T, C>(-size).value();
     y2 = y * y;
     sinh = horner(LogisticPoly<T>::sinh, y2);
@@ -214,9 +214,10 @@ static void logistic_load(const LogisticMixture<T>& in, int64_t image, int64_t p
     }
     for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
       const Vec<T> level = load(b.x[c] + i), one = broadcast(T(1));
-      const Vec<T> side = (level < kHalfBin<T> - T(1) ? one : Vec<T>{}) - (level > T(1) - kHalfBin<T> ? one : Vec<T>{});
+      const Vec<T> low = level < kLogisticHalfBin<T> - T(1) ? one : Vec<T>{};
+      const Vec<T> side = level > T(1) - kLogisticHalfBin<T> ? -one : low;
       store(b.side[c] + i, side);
-      store(b.centre[c] + i, level + side * kHalfBin<T>);
+      store(b.centre[c] + i, level + side * kLogisticHalfBin<T>);
     }
   }
 }
@@ -307,7 +308,7 @@ static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const
   for (int c = 0; c < C; ++c) weights.v[c] = weight;
   const P dmean = -weights * m.inv * dt;
   const P dlog_scale = P::each([](Vec<T> raw, Vec<T> s, Vec<T> w, Vec<T> open, Vec<T> a) {
-    return raw < kMinLogScale<T> ? Vec<T>{} : w * ((s != T(0) ? Vec<T>{} : a) - open);
+    return raw < kLogisticMinLogScale<T> ? Vec<T>{} : w * ((s != T(0) ? Vec<T>{} : a) - open);
   }, m.log_scale, m.side, weights, m.t * dt, width);
   store(out + b.at(0, k, i), weight - share);
   for (int c = 0; c < C; ++c) {
