@@ -90,7 +90,7 @@ static LATENT_INLINE Pack<T, n> magnitude(const Pack<T, n>& x) {
   return Pack<T, n>::each([](Vec<T> a) { return flip_sign<T>(a, sign_bit<T>(a)); }, x);
 }
 
-// e^x = (1 + rest) · scale for x up to 88 (709), to 1 ULP; for x below −87 (−708) the smallest normal number.
+// e^x = (1 + rest) · scale for x up to 88 (709); for x below −87 (−708) the smallest normal number.
 template <class T, int n>
 struct SplitExp {
   Pack<T, n> rest, scale;
