@@ -9,7 +9,7 @@ from .report import print_result, print_summary, write_json, write_plot
 from .suite import run_case
 from .timing import measure_ceilings
 
-SUITES = ("gmm", "logistic_mixture")
+SUITES = ("gmm", "logistic_mixture", "pairwise_kl")
 
 
 def main(arguments: list[str] | None = None) -> int:

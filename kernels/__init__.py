@@ -6,6 +6,17 @@ Usable without the model layer: `from latent_engine.kernels import gmm_log_prob`
 from .backends import BackendError, backend_matrix, explain, set_backend, use_backend
 from .gmm import gmm_log_prob, gmm_log_prob_and_grad
 from .logistic_mixture import logistic_mixture_log_prob
+from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
 
-__all__ = ["BackendError", "backend_matrix", "explain", "gmm_log_prob", "gmm_log_prob_and_grad", "logistic_mixture_log_prob",
-           "set_backend", "use_backend"]
+__all__ = [
+    "BackendError",
+    "backend_matrix",
+    "explain",
+    "gmm_log_prob",
+    "gmm_log_prob_and_grad",
+    "logistic_mixture_log_prob",
+    "pairwise_kl",
+    "pairwise_kl_diversity",
+    "set_backend",
+    "use_backend",
+]

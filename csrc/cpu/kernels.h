@@ -4,6 +4,7 @@
 #include "gmm.h"
 #include "isa.h"
 #include "logistic_mixture.h"
+#include "pairwise_kl.h"
 
 namespace latent_engine {
 
@@ -19,6 +20,7 @@ struct Kernels {
   MathKernels<T> math;
   GmmKernels<T> gmm;
   LogisticMixtureKernels<T> logistic_mixture;
+  PairwiseKlKernels<T> pairwise_kl;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

@@ -2,10 +2,14 @@
 #include "simd.inl"
 #include "gmm.inl"
 #include "logistic_mixture.inl"
+#include "pairwise_kl.inl"
+#include "pairwise_kl_diversity.inl"
+#include "pairwise_kl_std.inl"
+#include "pairwise_kl_gram.inl"
 
 template <class T>
 static constexpr Kernels<T> level_kernels() {
-  return {{apply<T, exp<T>>, apply<T, log<T>>}, gmm_kernels<T>(), logistic_mixture_kernels<T>()};
+  return {{apply<T, exp<T>>, apply<T, log<T>>}, gmm_kernels<T>(), logistic_mixture_kernels<T>(), pairwise_kl_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();

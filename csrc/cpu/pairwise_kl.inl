@@ -1,0 +1,273 @@
+// See pairwise_kl.h. One dimension at a time, so that its rows stay in the L1 cache: first posteriors i lie across lanes, a
+// tile of four second posteriors j is broadcast. A pair of one dimension needs δ = μ_i − μ_j and p = σ²_i + δ². For weights
+// g_ij of KL_d(i‖j) the gradients come from sums over j for each i, and over i for each j:
+//
+//     ∂μ_i = Σ_j g_ij δ_ij w_j − w_i Σ_k g_ki δ_ki                                    w = 1 / σ²
+//     ∂log σ²_i = ½ [σ²_i Σ_j g_ij w_j − Σ_j g_ij + Σ_k g_ki − w_i Σ_k g_ki p_ki]
+
+constexpr int64_t kPairTile = 4;
+constexpr int64_t kPairRows = 1024;    // first posteriors a block: their values and sums take 24 KB
+constexpr int64_t kPairColumns = 256;  // second posteriors whose sums are added up before they join the total
+constexpr int kPairSums = 3;           // for each posterior, in each of its roles
+
+// Σ f(i) over vectors of [0, n), a multiple of kGroup, in an order that no instruction-set level changes.
+template <class T, class F>
+static inline T sum_groups(int64_t n, const F& f) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  Vec<T> sums[registers] = {};
+  for (int64_t i = 0; i < n; i += kGroup<T>)
+    for (int r = 0; r < registers; ++r) sums[r] += f(i + r * kLanes<T>);
+  return sum_lanes<T>(sums);
+}
+
+template <class T>
+static void pair_columns(const Posteriors<T>& p, const PairColumns<T>& c, int64_t first, int64_t last) {
+  transpose(p.mu + first * p.mu_strides[1], p.mu_strides[0], p.mu_strides[1], c.mu + first * c.stride, c.stride, p.N,
+            last - first);
+  transpose(p.log_var + first * p.log_var_strides[1], p.log_var_strides[0], p.log_var_strides[1],
+            c.log_var + first * c.stride, c.stride, p.N, last - first);
+  for (int64_t d = first; d < last; ++d) {
+    T *mu = c.mu + d * c.stride, *log_var = c.log_var + d * c.stride;
+    T *var = c.var + d * c.stride, *inverse = c.inverse + d * c.stride;
+    std::fill(mu + p.N, mu + c.stride, T(0));
+    std::fill(log_var + p.N, log_var + c.stride, T(0));
+    for (int64_t i = 0; i < c.stride; i += kLanes<T>) {
+      const Vec<T> x = load(log_var + i);
+      store(var + i, exp<T>(x));
+      store(inverse + i, exp<T>(-x));
+    }
+  }
+}
+
+// first, first + 1, …
+template <class T>
+static inline Vec<T> lane_numbers(int64_t first) {
+  Vec<T> numbers;
+  for (int i = 0; i < kLanes<T>; ++i) numbers[i] = T(i);
+  return numbers + T(first);
+}
+
+// One dimension of the batch.
+template <class T>
+struct PairColumn {
+  const T *mu, *var, *inverse;
+
+  PairColumn(const PairColumns<T>& c, int64_t d)
+      : mu(c.mu + d * c.stride), var(c.var + d * c.stride), inverse(c.inverse + d * c.stride) {}
+};
+
+// The tile of second posteriors j, …, j + 3 against first posteriors first, first + kGroup, … below last, with the weights that
+// `tile` gives. Sums of the first posteriors join rows[kPairSums][kPairRows], those of the second ones `sums`.
+template <class T, bool on_diagonal, class Tile>
+static inline __attribute__((always_inline)) void pair_steps(const PairColumn<T>& c, Tile& tile, int64_t j, int64_t first,
+                                                             int64_t last, T* rows, Vec<T> (&sums)[kPairSums][kPairTile]) {
+  for (int64_t i = first; i < last; i += kGroup<T>, rows += kGroup<T>) {
+    const Vec<T> mu = load(c.mu + i), var = load(c.var + i);
+    Vec<T> g_sum = {}, gw_sum = {}, gwd_sum = {};
+    if (Tile::gradients)
+      g_sum = load(rows), gw_sum = load(rows + kPairRows), gwd_sum = load(rows + 2 * kPairRows);
+#pragma GCC unroll 4
+    for (int t = 0; t < kPairTile; ++t) {
+      const Vec<T> delta = mu - broadcast(c.mu[j + t]), p = delta * delta + var;
+      const Vec<T> g = tile.template weight<on_diagonal>(t, i, p);
+      if (!Tile::gradients) continue;
+      const Vec<T> gw = g * broadcast(c.inverse[j + t]);
+      g_sum += g, gw_sum += gw, gwd_sum += gw * delta;
+      sums[0][t] += g, sums[1][t] += g * delta, sums[2][t] += g * p;
+    }
+    if (Tile::gradients)
+      store(rows, g_sum), store(rows + kPairRows, gw_sum), store(rows + 2 * kPairRows, gwd_sum);
+  }
+}
+
+// a and b hold blocks of lanes: the lower half of every block plus its upper half.
+template <class T, int block, int... i>
+static inline Vec<T> add_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
+  constexpr int half = block / 2;
+  return __builtin_shufflevector(a, b, (i / half * block + i % half)...) +
+         __builtin_shufflevector(a, b, (i / half * block + half + i % half)...);
+}
+
+// out[t] += the sum of the lanes of parts[t], for all four at once: as sum_lanes adds them, in 15 operations instead of 36.
+template <class T>
+static inline void add_lane_sums(const Vec<T> (&parts)[kPairTile][64 / LATENT_VECTOR_BYTES], T* out) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES, lanes = kLanes<T>;
+  constexpr std::make_integer_sequence<int, lanes> all{};
+  Vec<T> v[kPairTile];
+  for (int t = 0; t < kPairTile; ++t) {
+    Vec<T> folded[registers];
+    for (int r = 0; r < registers; ++r) folded[r] = parts[t][r];
+#pragma GCC unroll 4
+    for (int half = registers / 2; half; half /= 2)
+      for (int r = 0; r < half; ++r) folded[r] += folded[r + half];
+    v[t] = folded[0];
+  }
+  T sums[2 * lanes];
+  const Vec<T> first = add_halves<T, lanes>(v[0], v[1], all), second = add_halves<T, lanes>(v[2], v[3], all);
+  if constexpr (lanes == 2) {
+    store(sums, first), store(sums + 2, second);
+  } else {
+    Vec<T> sum = add_halves<T, lanes / 2>(first, second, all);
+    if constexpr (lanes >= 8) sum = add_halves<T, lanes / 4>(sum, sum, all);
+    if constexpr (lanes >= 16) sum = add_halves<T, lanes / 8>(sum, sum, all);
+    store(sums, sum);
+  }
+  for (int t = 0; t < kPairTile; ++t) out[t] += sums[t];
+}
+
+// All pairs of the first posteriors [i0, i1) and the second ones [j0, j1), whole groups both.
+template <class T, class Weights>
+static void pair_block(const PairColumn<T>& c, Weights& weights, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* rows,
+                       T* columns, int64_t stride) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  for (int64_t j = j0; j < j1; j += kPairTile) {
+    const int64_t diagonal = Weights::masked ? std::clamp(j / kGroup<T> * kGroup<T>, i0, i1) : i1;
+    const int64_t after = Weights::masked && j < i0 ? i0 : std::min(i1, diagonal + kGroup<T>);
+    Vec<T> parts[kPairSums][kPairTile][registers];
+#pragma GCC unroll 4
+    for (int r = 0; r < registers; ++r) {
+      const int64_t at = r * kLanes<T>;
+      Vec<T> sums[kPairSums][kPairTile] = {};
+      auto tile = weights.begin(j, r);
+      pair_steps<T, false>(c, tile, j, i0 + at, diagonal, rows + at, sums);
+      pair_steps<T, true>(c, tile, j, diagonal + at, after, rows + diagonal - i0 + at, sums);
+      pair_steps<T, false>(c, tile, j, after + at, i1, rows + after - i0 + at, sums);
+      weights.end(tile, r);
+      for (int s = 0; s < kPairSums; ++s)
+        for (int t = 0; t < kPairTile; ++t) parts[s][t][r] = sums[s][t];
+    }
+    if (Weights::gradients)
+      for (int s = 0; s < kPairSums; ++s)
+        add_lane_sums<T>(parts[s], columns + s * stride + j);
+    weights.done(i1 - i0);
+  }
+}
+
+// The pairs of one task: the gradients of its dimension in tasks.gradients, all the rest in `weights`.
+template <class T, class Weights>
+static void pair_task(const PairColumns<T>& columns, const PairTasks<T>& tasks, Weights& weights, int64_t D, int64_t task) {
+  const int64_t split = task % tasks.splits, d = task / tasks.splits, stride = columns.stride;
+  const int64_t first = split * tasks.columns, last = std::min(stride, first + tasks.columns);
+  const int64_t sums = Weights::gradients ? kPairSums * stride : 0;
+  Arena<T> arena(Scratch::task, sums, sums, kPairSums * kPairRows);
+  T *const first_role = arena.take(sums), *const second_role = arena.take(sums);
+  T* const rows = arena.take(kPairSums * kPairRows);
+  std::fill_n(first_role, sums, T(0));
+  std::fill_n(second_role, sums, T(0));
+  const PairColumn<T> c(columns, d);
+  for (int64_t i0 = 0; i0 < stride; i0 += kPairRows) {
+    const int64_t i1 = std::min(stride, i0 + kPairRows);
+    for (int64_t j0 = first; j0 < last; j0 += kPairColumns) {
+      for (int s = 0; s < (Weights::gradients ? kPairSums : 0); ++s) std::fill_n(rows + s * kPairRows, i1 - i0, T(0));
+      pair_block(c, weights, i0, i1, j0, std::min(last, j0 + kPairColumns), rows, second_role, stride);
+      if (!Weights::gradients) continue;
+      for (int s = 0; s < kPairSums; ++s)
+        for (int64_t i = i0; i < i1; ++i) first_role[s * stride + i] += rows[s * kPairRows + i - i0];
+    }
+  }
+  if (!Weights::gradients) return;
+  const T *a = first_role, *b = second_role;
+  T* const dmu = tasks.gradients + ((split * 2) * D + d) * stride;
+  T* const dlog_var = dmu + D * stride;
+  for (int64_t i = 0; i < stride; ++i) {
+    const T w = c.inverse[i];
+    dmu[i] = tasks.scale * (a[2 * stride + i] - w * b[stride + i]);
+    dlog_var[i] = tasks.scale * T(0.5) * ((c.var[i] * a[stride + i] - a[i]) + (b[i] - w * b[2 * stride + i]));
+  }
+}
+
+// Rows [first, last) of both gradients[2][N][D]: the splits added up in order, and transposed.
+template <class T>
+static void pair_collect(const Posteriors<T>& p, const PairColumns<T>& c, const PairTasks<T>& tasks, T* gradients,
+                         int64_t first, int64_t last) {
+  const int64_t size = p.D * c.stride;
+  for (int part = 0; part < 2; ++part) {
+    T* const sums = tasks.gradients + part * size;
+    for (int64_t split = 1; split < tasks.splits; ++split)
+      for (int64_t d = 0; d < p.D; ++d)
+        for (int64_t i = d * c.stride + first; i < d * c.stride + last; ++i) sums[i] += sums[2 * split * size + i];
+    transpose(sums + first, c.stride, 1, gradients + part * p.N * p.D + first * p.D, p.D, p.D, last - first);
+  }
+}
+
+constexpr int64_t kMomentColumns = 64;
+
+// A row over some of the columns: m = μ − centre, σ² and 1 / σ².
+template <class T>
+struct CentredRow {
+  T mu[kMomentColumns], log_var[kMomentColumns], var[kMomentColumns], inverse[kMomentColumns];
+
+  void read(const Posteriors<T>& p, int64_t n, int64_t first, int64_t count, const T* centre) {
+    const T *const mu_row = p.mu + n * p.mu_strides[0], *const log_var_row = p.log_var + n * p.log_var_strides[0];
+    for (int64_t k = 0; k < count; ++k) {
+      mu[k] = mu_row[(first + k) * p.mu_strides[1]] - centre[k];
+      log_var[k] = log_var_row[(first + k) * p.log_var_strides[1]];
+    }
+    std::fill(log_var + count, log_var + round_up(count, kLanes<T>), T(0));
+    for (int64_t k = 0; k < count; k += kLanes<T>) {
+      const Vec<T> x = load(log_var + k);
+      store(var + k, exp<T>(x));
+      store(inverse + k, exp<T>(-x));
+    }
+  }
+};
+
+// Σ_ij KL_d(i‖j) = ½ [Σ v Σ w + Σ m² Σ w − 2 Σ m Σ m w + N Σ m² w − N²], since the log-variances cancel over all pairs.
+template <class T>
+static void pairwise_kl_mean_columns(const PairwiseKlMean<T>& p, int64_t first, int64_t count) {
+  const int64_t N = p.batch.N, D = p.batch.D;
+  const auto moment = [&](Moment m) { return p.moments + m * D + first; };
+  double sums[6][kMomentColumns] = {};
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t k = 0; k < count; ++k)
+      sums[0][k] += p.batch.mu[n * p.batch.mu_strides[0] + (first + k) * p.batch.mu_strides[1]];
+  for (int64_t k = 0; k < count; ++k) {
+    moment(centre)[k] = T(sums[0][k] / N);
+    sums[0][k] = 0;
+  }
+  CentredRow<T> row;
+  for (int64_t n = 0; n < N; ++n) {
+    row.read(p.batch, n, first, count, moment(centre));
+    for (int64_t k = 0; k < count; ++k) {
+      const double m = row.mu[k], v = row.var[k], w = row.inverse[k], mw = m * w;
+      sums[0][k] += m, sums[1][k] += v, sums[2][k] += w, sums[3][k] += mw, sums[4][k] += m * m, sums[5][k] += m * mw;
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const double m = sums[0][k], w = sums[2][k], mw = sums[3][k], v_m2 = sums[1][k] + sums[4][k];
+    const double total = v_m2 * w - 2 * m * mw + N * sums[5][k] - double(N) * N;
+    p.mean[first + k] = T(0.5 * total / (double(N) * (N - 1)));
+    moment(sum_m)[k] = T(m), moment(sum_w)[k] = T(w), moment(sum_mw)[k] = T(mw), moment(sum_v_m2)[k] = T(v_m2);
+  }
+}
+
+template <class T>
+static void pairwise_kl_mean(const PairwiseKlMean<T>& p, int64_t first, int64_t last) {
+  for (int64_t d = first; d < last; d += kMomentColumns) pairwise_kl_mean_columns(p, d, std::min(kMomentColumns, last - d));
+}
+
+// Gradients of rows [first, last): those of the means, and of the deviation as `unit` times its gradient.
+template <class T>
+static void pairwise_kl_mean_gradient(const PairwiseKlMean<T>& p, int64_t first, int64_t last) {
+  const int64_t N = p.batch.N, D = p.batch.D;
+  const T pairs = T(N) * T(N - 1), of_std = p.grad_std ? *p.grad_std : T(0);
+  CentredRow<T> row;
+  T grad[kMomentColumns];
+  for (int64_t d = 0; d < D; d += kMomentColumns) {
+    const int64_t count = std::min(kMomentColumns, D - d);
+    const auto moment = [&](Moment m) { return p.moments + m * D + d; };
+    for (int64_t k = 0; k < count; ++k) grad[k] = p.grad_mean[(d + k) * p.grad_mean_stride] / pairs;
+    for (int64_t n = first; n < last; ++n) {
+      row.read(p.batch, n, d, count, moment(centre));
+      T *const dmu = p.dmu + n * D + d, *const dlog_var = p.dlog_var + n * D + d;
+      for (int64_t k = 0; k < count; ++k) {
+        const T m = row.mu[k], w = row.inverse[k], nm = T(N) * m, s = moment(sum_m)[k];
+        dmu[k] = grad[k] * ((m * moment(sum_w)[k] - moment(sum_mw)[k]) + (nm - s) * w);
+        dlog_var[k] = grad[k] * T(0.5) * (row.var[k] * moment(sum_w)[k] - w * (moment(sum_v_m2)[k] + m * (nm - s - s)));
+      }
+      if (!p.grad_std) continue;
+      const T *const unit_mu = p.unit + n * D + d, *const unit_log_var = unit_mu + N * D;
+      for (int64_t k = 0; k < count; ++k) dmu[k] += of_std * unit_mu[k], dlog_var[k] += of_std * unit_log_var[k];
+    }
+  }
+}

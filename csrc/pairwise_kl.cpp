@@ -1,0 +1,210 @@
+// pairwise_kl_fwd, pairwise_kl_bwd and pairwise_kl_diversity_fwd on CPU tensors: allocation, the cut into tasks, launch.
+// Arguments are checked in kernels/pairwise_kl.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "binding.h"
+
+namespace latent_engine {
+namespace {
+
+constexpr int64_t kFewTasks = 8;
+constexpr int64_t kExp = 10;  // in multiplications
+
+template <class T>
+const PairwiseKlKernels<T>& ops() {
+  return kernels<T>().pairwise_kl;
+}
+
+template <class T>
+Posteriors<T> posteriors(const Tensor& mu, const Tensor& log_var) {
+  return {mu.size(0), mu.size(1), mu.const_data_ptr<T>(), log_var.const_data_ptr<T>(), {mu.stride(0), mu.stride(1)},
+          {log_var.stride(0), log_var.stride(1)}};
+}
+
+template <class T>
+int64_t padded(int64_t n) {
+  return round_up(n, 64 / sizeof(T));
+}
+
+template <class T>
+PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch) {
+  const int64_t stride = padded<T>(batch.N), size = batch.D * stride;
+  const PairColumns<T> columns{stride, arena.take(size), arena.take(size), arena.take(size), arena.take(size)};
+  in_parts(batch.D, 2 * kExp * stride,
+           [&](int64_t first, int64_t last) { ops<T>().columns(batch, columns, first, last); });
+  return columns;
+}
+
+// Few dimensions are cut into splits of the second posteriors, so that there are tasks enough.
+template <class T>
+PairTasks<T> cut(const Posteriors<T>& batch) {
+  const int64_t stride = padded<T>(batch.N);
+  const int64_t splits = std::clamp<int64_t>(kFewTasks / std::max<int64_t>(batch.D, 1), 1, std::max<int64_t>(stride / 256, 1));
+  const int64_t columns = padded<T>(ceil_div(stride, splits));
+  return {ceil_div(stride, columns), columns, T(0), nullptr};
+}
+
+template <class T, class F>
+void run_pair_tasks(const Posteriors<T>& batch, const PairTasks<T>& tasks, int64_t work, const F& f) {
+  in_parts(batch.D * tasks.splits, batch.N * tasks.columns * work, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) f(task);
+  });
+}
+
+template <class T>
+void collect(const Posteriors<T>& batch, const PairColumns<T>& columns, const PairTasks<T>& tasks, const Tensor& unit) {
+  in_parts(batch.N, 4 * tasks.splits * batch.D, [&](int64_t first, int64_t last) {
+    ops<T>().collect(batch, columns, tasks, unit.mutable_data_ptr<T>(), first, last);
+  });
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> diversity(const Tensor& mu, const Tensor& log_var, bool need_grad) {
+  const Posteriors<T> batch = posteriors<T>(mu, log_var);
+  const int64_t size = batch.D * padded<T>(batch.N);
+  PairTasks<T> tasks = cut(batch);
+  Tensor value = empty(mu, {}), unit = empty(mu, {need_grad ? 2 : 0, batch.N, batch.D});
+  Arena<T> arena(Scratch::launch, size, size, size, size, need_grad ? 2 * tasks.splits * size : 0);
+  const PairColumns<T> columns = columns_of(arena, batch);
+  in_parts(batch.D, 2 * columns.stride, [&](int64_t first, int64_t last) { ops<T>().halves(batch, columns, first, last); });
+  const double pairs = static_cast<double>(batch.N) * (batch.N - 1);
+  tasks.scale = static_cast<T>(-1 / pairs);
+  if (need_grad) tasks.gradients = arena.take(2 * tasks.splits * size);
+  std::vector<double> sums(batch.D * tasks.splits);
+  const PairwiseKlDiversity<T> p{batch, columns, tasks, sums.data()};
+  run_pair_tasks(batch, tasks, need_grad ? 22 : 12, [&](int64_t task) { ops<T>().diversity(p, task); });
+  if (need_grad) collect(batch, columns, tasks, unit);
+  *value.mutable_data_ptr<T>() = static_cast<T>(std::accumulate(sums.begin(), sums.end(), 0.0) / pairs);
+  return {value, unit};
+}
+
+template <class T>
+double mean_of(const T* values, int64_t n) {
+  return std::accumulate(values, values + n, 0.0) / n;
+}
+
+// The deviation, and its gradients in `unit` if needed, from the pair matrix.
+template <class T>
+double direct_deviation(const Posteriors<T>& batch, double mean, bool need_grad, const Tensor& unit) {
+  const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride;
+  PairTasks<T> tasks = cut(batch);
+  const int64_t gradients = need_grad ? 2 * tasks.splits * size : 0;
+  Arena<T> arena(Scratch::launch, size, size, size, size, gradients, stride, stride, stride, stride * stride);
+  const PairColumns<T> columns = columns_of(arena, batch);
+  if (need_grad) tasks.gradients = arena.take(gradients);
+  T *const log_det = arena.take(stride), *const sums = arena.take(stride), *const squares = arena.take(stride);
+  std::vector<double> log_dets(stride);
+  for (int64_t d = 0; d < D; ++d)  // those of close posteriors must not lose digits to a common level
+    for (int64_t i = 0; i < N; ++i) log_dets[i] += columns.log_var[d * stride + i] - columns.log_var[d * stride];
+  std::copy(log_dets.begin(), log_dets.end(), log_det);
+  PairwiseKlDirect<T> p{batch, columns, tasks, static_cast<T>(mean), log_det, arena.take(stride * stride), sums, squares};
+  const int64_t group = 64 / sizeof(T), pairs = N * (N - 1);
+  in_parts(stride / group, 2 * group * size,
+           [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
+  const T error = static_cast<T>(mean_of(sums, stride) * stride / pairs);
+  in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });
+  const double total = mean_of(squares, stride) * stride, deviation = std::sqrt(total / (pairs - 1));
+  if (!need_grad) return deviation;
+  p.tasks.scale = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * (pairs - 1)));
+  run_pair_tasks(batch, tasks, 6, [&](int64_t task) { ops<T>().direct_gradient(p, task); });
+  collect(batch, columns, p.tasks, unit);
+  return deviation;
+}
+
+// The same from Gram matrices.
+template <class T>
+double gram_deviation(const Posteriors<T>& batch, const T* centre, bool need_grad, const Tensor& unit) {
+  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8), rows = round_up(N, 4), size = rows * width;
+  Arena<double> arena(Scratch::launch, size, size, width, width, N, N, width * width, width * width, N, N, width, width);
+  PairwiseKlGram<T> p{batch, centre, width};
+  p.a = arena.take(size), p.b = arena.take(size), p.a_mean = arena.take(width), p.b_mean = arena.take(width);
+  p.r = arena.take(N), p.c = arena.take(N), p.gram_a = arena.take(width * width), p.gram_b = arena.take(width * width);
+  p.row = arena.take(N), p.column = arena.take(N), p.row_a = arena.take(width), p.column_b = arena.take(width);
+  std::fill_n(p.a + N * width, size - N * width, 0.0);
+  std::fill_n(p.b + N * width, size - N * width, 0.0);
+  const auto sums = [&](const double* x, const double* weights, double* out) {
+    in_parts(width, 2 * N, [&](int64_t first, int64_t last) { ops<T>().gram_columns(x, weights, N, width, out, first, last); });
+  };
+  in_parts(N, 2 * kExp * D, [&](int64_t first, int64_t last) { ops<T>().gram_features(p, first, last); });
+  sums(p.a, nullptr, p.a_mean);
+  sums(p.b, nullptr, p.b_mean);
+  const double r = mean_of(p.r, N), c = mean_of(p.c, N), all = ops<T>().gram_total(p, r, c);
+  in_parts(N, 4 * width, [&](int64_t first, int64_t last) { ops<T>().gram_centre(p, r, c, first, last); });
+  in_parts(width / 4, 8 * N * width, [&](int64_t first, int64_t last) { ops<T>().gram_products(p, first, last); });
+  const double pairs = static_cast<double>(N) * (N - 1);
+  const auto square = [&](const double* x) { return std::inner_product(x, x + N, x, 0.0); };
+  const double squares = square(p.row) + square(p.column);
+  const double total = std::max(ops<T>().gram_merge(p) + N * (squares - all * all * N / (N - 1)), 0.0);
+  if (need_grad) {
+    sums(p.a, p.row, p.row_a);
+    sums(p.b, p.column, p.column_b);
+    p.mean = -all / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
+    p.dmu = unit.mutable_data_ptr<T>(), p.dlog_var = p.dmu + N * D;
+    in_parts(rows / 4, 16 * width * width, [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
+  }
+  return 0.5 * std::sqrt(total / (pairs - 1));
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& mu, const Tensor& log_var, bool need_std, bool need_grad) {
+  const Posteriors<T> batch = posteriors<T>(mu, log_var);
+  const int64_t N = batch.N, D = batch.D;
+  need_grad = need_grad && need_std;
+  Tensor mean = empty(mu, {D}), moments = empty(mu, {kMoments, D});
+  Tensor deviation = need_std ? empty(mu, {}) : empty(mu, {0}), unit = empty(mu, {need_grad ? 2 : 0, N, D});
+  const PairwiseKlMean<T> p{batch, moments.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>()};
+  in_parts(D, (2 * kExp + 16) * N, [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
+  if (need_std) {
+    const double total = std::accumulate(p.mean, p.mean + D, 0.0);
+    *deviation.mutable_data_ptr<T>() = static_cast<T>(N < 4 * D + 8
+                                                          ? direct_deviation(batch, total, need_grad, unit)
+                                                          : gram_deviation(batch, p.moments + centre * D, need_grad, unit));
+  }
+  return {mean, deviation, moments, unit};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_mean, const std::optional<Tensor>& grad_std, const Tensor& mu,
+                                    const Tensor& log_var, const Tensor& moments_, const Tensor& unit_) {
+  const Posteriors<T> batch = posteriors<T>(mu, log_var);
+  const Tensor moments = as_contiguous(moments_), unit = as_contiguous(unit_);
+  Tensor dmu = empty(mu, {batch.N, batch.D}), dlog_var = empty(mu, {batch.N, batch.D});
+  PairwiseKlMean<T> p{batch, const_cast<T*>(moments.const_data_ptr<T>()), nullptr};
+  p.grad_mean = grad_mean.const_data_ptr<T>(), p.grad_mean_stride = grad_mean.stride(0);
+  if (grad_std) p.grad_std = grad_std->const_data_ptr<T>(), p.unit = unit.const_data_ptr<T>();
+  p.dmu = dmu.mutable_data_ptr<T>(), p.dlog_var = dlog_var.mutable_data_ptr<T>();
+  in_parts(batch.N, (2 * kExp + 16) * batch.D, [&](int64_t first, int64_t last) { ops<T>().mean_gradient(p, first, last); });
+  return {dmu, dlog_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_kl_fwd(const Tensor& mu, const Tensor& log_var, bool need_std,
+                                                           bool need_grad) {
+  const auto f = mu.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return f(mu, log_var, need_std, need_grad);
+}
+
+std::tuple<Tensor, Tensor> pairwise_kl_bwd(const Tensor& grad_mean, const std::optional<Tensor>& grad_std, const Tensor& mu,
+                                           const Tensor& log_var, const Tensor& moments, const Tensor& unit) {
+  const auto f = mu.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return f(grad_mean, grad_std, mu, log_var, moments, unit);
+}
+
+std::tuple<Tensor, Tensor> pairwise_kl_diversity_fwd(const Tensor& mu, const Tensor& log_var, bool need_grad) {
+  const auto f = mu.scalar_type() == ScalarType::Double ? diversity<double> : diversity<float>;
+  return f(mu, log_var, need_grad);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
+  m.impl("pairwise_kl_fwd", TORCH_BOX(&pairwise_kl_fwd));
+  m.impl("pairwise_kl_bwd", TORCH_BOX(&pairwise_kl_bwd));
+  m.impl("pairwise_kl_diversity_fwd", TORCH_BOX(&pairwise_kl_diversity_fwd));
+}
+
+}  // namespace
+}  // namespace latent_engine
