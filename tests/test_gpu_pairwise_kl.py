@@ -115,7 +115,7 @@ def check(kernels, mu, log_var):
 
 
 # One row tile and several, one round of the other posteriors and several, chunks of dimensions, broken tiles
-@pytest.mark.parametrize("shape", [(2, 1), (7, 3), (33, 5), (70, 2), (9, 70), (131, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1), (7, 3), (33, 5), (70, 1), (5, 70), (131, 1)], ids=str)
 def test_values_and_gradients(kernels, shape):
     check(kernels, *posteriors(*shape))
 
