@@ -9,7 +9,7 @@ from .report import print_result, print_summary, write_json, write_plot
 from .suite import run_case
 from .timing import measure_ceilings
 
-SUITES = ("gmm", "logistic_mixture", "pairwise_kl")
+SUITES = ("gmm", "pairwise_kl", "mmd", "logistic_mixture")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,8 @@ Usable without the model layer: `from latent_engine.kernels import gmm_log_prob`
 from .backends import BackendError, backend_matrix, explain, set_backend, use_backend
 from .gmm import gmm_log_prob, gmm_log_prob_and_grad
 from .logistic_mixture import logistic_mixture_log_prob
+from .mmd import kernel_sums, mmd2
+from .mmd_two_sample import median_heuristic, mmd_witness, two_sample_test
 from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
 
 __all__ = [
@@ -14,9 +16,14 @@ __all__ = [
     "explain",
     "gmm_log_prob",
     "gmm_log_prob_and_grad",
+    "kernel_sums",
     "logistic_mixture_log_prob",
+    "median_heuristic",
+    "mmd2",
+    "mmd_witness",
     "pairwise_kl",
     "pairwise_kl_diversity",
     "set_backend",
+    "two_sample_test",
     "use_backend",
 ]

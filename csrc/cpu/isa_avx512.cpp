@@ -1,6 +1,7 @@
 // Standard headers come before the target pragma, so that their inline functions stay at the baseline and no other file
 // can be linked against a copy that needs this level.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>

@@ -1,5 +1,6 @@
 // The baseline of the architecture: 16-byte vectors, no FMA on x86-64.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>

@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "logistic_mixture.h"
 #include "pairwise_kl.h"
+#include "mmd.h"
 
 namespace latent_engine {
 
@@ -21,6 +22,7 @@ struct Kernels {
   GmmKernels<T> gmm;
   LogisticMixtureKernels<T> logistic_mixture;
   PairwiseKlKernels<T> pairwise_kl;
+  MmdKernels<T> mmd;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

@@ -6,10 +6,15 @@
 #include "pairwise_kl_diversity.inl"
 #include "pairwise_kl_std.inl"
 #include "pairwise_kl_gram.inl"
+#include "mmd.inl"
 
 template <class T>
 static constexpr Kernels<T> level_kernels() {
-  return {{apply<T, exp<T>>, apply<T, log<T>>}, gmm_kernels<T>(), logistic_mixture_kernels<T>(), pairwise_kl_kernels<T>()};
+  return {{apply<T, exp<T>>, apply<T, log<T>>},
+          gmm_kernels<T>(),
+          logistic_mixture_kernels<T>(),
+          pairwise_kl_kernels<T>(),
+          mmd_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();

@@ -1,0 +1,130 @@
+// mmd_fwd and mmd_kernel on CPU tensors: allocation, the schedule of tasks, launch. Arguments are checked in kernels/mmd.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "binding.h"
+
+namespace latent_engine {
+namespace {
+
+using Floats = std::vector<double>;
+
+constexpr int64_t kPairWork = 40;   // multiplications of a kernel's value and slope
+constexpr int64_t kMostGroups = 32;
+
+// Blocks a group: tasks of at least kTaskWork multiplications, and one group where the whole is not worth four of them.
+int64_t blocks_of_group(int64_t blocks, int64_t work) {
+  const int64_t tile = kMmdBlock * kMmdBlock * work;
+  if (blocks * blocks / 2 * tile < 4 * kTaskWork) return std::max<int64_t>(blocks, 1);
+  const auto side = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(kTaskWork) / static_cast<double>(tile))));
+  return std::max({side, ceil_div(blocks, kMostGroups), int64_t(1)});
+}
+
+// A round-robin tournament: in round 0 each group meets itself, in round r ≥ 1 each meets one other, and every two meet
+// once (the circle method; with an odd number of groups one rests).
+struct Tournament {
+  int64_t groups, even;
+
+  explicit Tournament(int64_t groups_) : groups(groups_), even(groups_ + groups_ % 2) {}
+  int64_t rounds() const { return std::max<int64_t>(even, 1); }
+  int64_t games(int64_t round) const { return round == 0 ? groups : even / 2; }
+  int64_t most_games() const { return std::max(groups, even / 2); }
+
+  // The groups that meet, the smaller first; the second is `groups` where one rests.
+  std::pair<int64_t, int64_t> game(int64_t round, int64_t i) const {
+    if (round == 0) return {i, i};
+    const int64_t circle = even - 1;
+    if (i == 0) return {round - 1, circle};
+    const int64_t a = (round - 1 + i) % circle, b = (round - 1 - i + circle) % circle;
+    return {std::min(a, b), std::max(a, b)};
+  }
+};
+
+template <class T>
+MmdPoints<T> points(const Tensor& t, const Tensor* grad) {
+  return {t.size(0), t.const_data_ptr<T>(), {t.stride(0), t.stride(1)}, grad ? grad->mutable_data_ptr<T>() : nullptr};
+}
+
+template <class T>
+MmdProblem<T> problem(int64_t kernel, const Floats& scales, double unit, const MmdPoints<T>& x, const MmdPoints<T>& y,
+                      int64_t D, const MmdWeights& weights, int64_t group, T* constants) {
+  MmdProblem<T> p{{}, x, y, D, weights, group, nullptr, nullptr};
+  p.profile.kernel = static_cast<MmdKernel>(kernel);
+  p.profile.scales = static_cast<int64_t>(scales.size());
+  kernels<T>().mmd.pack_profile(p.profile, scales.data(), unit, constants);
+  return p;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, int64_t kernel, const Floats& scales, double unit,
+                                           int64_t estimator, const Floats& sections, bool need_x, bool need_y) {
+  const int64_t N = x.size(0), M = y.size(0), D = x.size(1), S = static_cast<int64_t>(scales.size());
+  Tensor value = empty(x, {}), grad_x = empty(x, {need_x ? N : 0, need_x ? D : 0});
+  Tensor grad_y = empty(x, {need_y ? M : 0, need_y ? D : 0});
+  const auto px = points<T>(x, need_x ? &grad_x : nullptr), py = points<T>(y, need_y ? &grad_y : nullptr);
+  const int64_t blocks = px.blocks() + py.blocks(), size = blocks * D * kMmdBlock, constants = MmdProfile<T>::size(S);
+  const bool need = need_x || need_y;
+  const MmdWeights weights(static_cast<MmdKernel>(kernel), scales, static_cast<MmdEstimator>(estimator), sections, N, M);
+  Arena<T> arena(Scratch::launch, constants, size, need ? size : 0);
+  const int64_t group = blocks_of_group(blocks, (need ? 3 : 1) * D + kPairWork);
+  MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, weights, group, arena.take(constants));
+  p.blocks = arena.take(size);
+  if (need) p.grads = arena.take(size);
+  in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.load(p, first, last); });
+  const Tournament schedule(p.groups());
+  const int64_t width = schedule.most_games();
+  std::vector<double> sums(schedule.rounds() * width, 0.0);
+  const auto play = [&](int64_t i) {
+    const auto [a, b] = schedule.game(i / width, i % width);
+    if (i % width < schedule.games(i / width) && b < schedule.groups) sums[i] = kernels<T>().mmd.pairs(p, a, b);
+  };
+  if (!need) {
+    for_each_task(static_cast<int64_t>(sums.size()), play);
+  } else {
+    for (int64_t round = 0; round < schedule.rounds(); ++round)
+      for_each_task(schedule.games(round), [&](int64_t i) { play(round * width + i); });
+    in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.store_grads(p, first, last); });
+  }
+  double total = weights.constant;
+  for (const double sum : sums) total += sum;
+  *value.mutable_data_ptr<T>() = static_cast<T>(total);
+  return {value, grad_x, grad_y};
+}
+
+template <class T>
+Tensor matrix(const Tensor& x, const Tensor& y, int64_t kernel, const Floats& scales, double unit) {
+  const int64_t D = x.size(1), constants = MmdProfile<T>::size(static_cast<int64_t>(scales.size()));
+  Tensor out = empty(x, {x.size(0), y.size(0)});
+  const auto px = points<T>(x, nullptr), py = points<T>(y, nullptr);
+  const int64_t blocks = px.blocks() + py.blocks(), size = blocks * D * kMmdBlock;
+  const MmdWeights none(static_cast<MmdKernel>(kernel), scales, MmdEstimator::sum, {0, 0, 0}, 0, 0);
+  Arena<T> arena(Scratch::launch, constants, size);
+  MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, none, 1, arena.take(constants));
+  p.blocks = arena.take(size);
+  in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.load(p, first, last); });
+  in_parts(px.blocks(), kMmdBlock * y.size(0) * (D + kPairWork), [&](int64_t first, int64_t last) {
+    kernels<T>().mmd.matrix(p, out.mutable_data_ptr<T>(), first, last);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mmd_fwd(const Tensor& x, const Tensor& y, int64_t kernel, Floats scales, double unit,
+                                           int64_t estimator, Floats sections, bool need_x, bool need_y) {
+  const auto f = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return f(x, y, kernel, scales, unit, estimator, sections, need_x, need_y);
+}
+
+Tensor mmd_kernel(const Tensor& x, const Tensor& y, int64_t kernel, Floats scales, double unit) {
+  return (x.scalar_type() == ScalarType::Double ? matrix<double> : matrix<float>)(x, y, kernel, scales, unit);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
+  m.impl("mmd_fwd", TORCH_BOX(&mmd_fwd));
+  m.impl("mmd_kernel", TORCH_BOX(&mmd_kernel));
+}
+
+}  // namespace
+}  // namespace latent_engine
