@@ -6,6 +6,7 @@
 #include "pairwise_kl_diversity.inl"
 #include "pairwise_kl_std.inl"
 #include "pairwise_kl_gram.inl"
+#include "mmd_profiles.inl"
 #include "mmd.inl"
 
 template <class T>

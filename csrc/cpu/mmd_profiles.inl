@@ -1,0 +1,171 @@
+// See mmd.h: the kernels as functions of the squared distance, one profile each.
+
+constexpr int64_t kMmdRational = 8;  // most scales that share one division: the polynomials' degree
+
+// Π (1 + a_t v) over all t but `without`, to the power `power`, as coefficients of v in `out`; returns their number.
+static int64_t mmd_product(const double* a, int64_t scales, int64_t without, int power, double* out) {
+  int64_t n = 1;
+  out[0] = 1;
+  for (int64_t t = 0; t < scales; ++t)
+    for (int repeat = 0; t != without && repeat < power; ++repeat, ++n) {
+      out[n] = 0;
+      for (int64_t i = n; i > 0; --i) out[i] += a[t] * out[i - 1];
+    }
+  return n;
+}
+
+// Σ 1/(1 + a_s v) = P/Q and Σ a_s/(1 + a_s v)² = R/Q², with v = u / unit, a_s = unit / C_s and Q = Π (1 + a_s v). No
+// coefficient is negative, so nothing cancels for v ≥ 0.
+template <class T>
+static void mmd_pack_rational(MmdProfile<T>& p, const double* widths, T* numerator, T* denominator, T* slope) {
+  const int64_t S = p.scales;
+  p.limit = -1;
+  if (S > kMmdRational) return;
+  const double least = *std::min_element(widths, widths + S), greatest = *std::max_element(widths, widths + S);
+  if (greatest > 1e4 * least) return;
+  double a[kMmdRational], product[2 * kMmdRational];
+  const double unit = std::sqrt(least) * std::sqrt(greatest), most = sizeof(T) == 4 ? 1e17 : 1e140;
+  for (int64_t s = 0; s < S; ++s) a[s] = unit / widths[s];
+  std::fill_n(numerator, S, T(0));
+  double sums[3 * kMmdRational] = {}, *const squares = sums + S;
+  for (int64_t s = 0; s < S; ++s) {
+    int64_t n = mmd_product(a, S, s, 1, product);
+    for (int64_t i = 0; i < n; ++i) sums[i] += product[i];
+    n = mmd_product(a, S, s, 2, product);
+    for (int64_t i = 0; i < n; ++i) squares[i] += a[s] / unit * product[i];
+  }
+  std::copy_n(sums, S, numerator);
+  std::copy_n(squares, 2 * S - 1, slope);
+  std::copy_n(product, mmd_product(a, S, -1, 1, product), denominator);
+  const auto value = [&](double v) {
+    double q = 1;
+    for (int64_t s = 0; s < S; ++s) q *= 1 + a[s] * v;
+    return q;
+  };
+  double v = 1;
+  while (value(2 * v) <= most) v *= 2;
+  p.unit = unit, p.limit = v * unit, p.numerator = numerator, p.denominator = denominator, p.slope = slope;
+}
+
+template <class T>
+static void mmd_pack_profile(MmdProfile<T>& p, const double* scales, double unit, T* memory) {
+  const int64_t S = p.scales;
+  T *const widths = memory, *const rates = memory + S;
+  p.widths = widths, p.rates = rates, p.unit = unit, p.limit = 0;
+  double exact[kMmdRational];
+  for (int64_t s = 0; s < S; ++s) {
+    const double width = unit * scales[s];
+    widths[s] = p.kernel == MmdKernel::rational_quadratic ? scales[s] : width;
+    rates[s] = 1 / (p.kernel == MmdKernel::laplacian ? std::sqrt(width) : width);
+    if (s < kMmdRational) exact[s] = width;
+  }
+  if (p.kernel == MmdKernel::imq) mmd_pack_rational(p, exact, memory + 2 * S, memory + 3 * S, memory + 4 * S + 1);
+}
+
+template <class T>
+static inline Vec<T> mmd_sqrt(Vec<T> x) {
+  Vec<T> y;
+  for (int i = 0; i < kLanes<T>; ++i) y[i] = sizeof(T) == 4 ? __builtin_sqrtf(x[i]) : __builtin_sqrt(x[i]);
+  return y;
+}
+
+// The profiles: f = k(u) and, if `with_slope`, g = −dk/du, for v vectors of squared distances.
+struct MmdGaussian {
+  template <bool with_slope, class T, int v>
+  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+    for (int64_t s = 0; s < p.scales; ++s)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) {
+        const Vec<T> e = exp<T>(-u[i] * p.rates[s]);
+        f[i] += e;
+        if (with_slope) g[i] += e * p.rates[s];
+      }
+  }
+};
+
+struct MmdLaplacian {
+  template <bool with_slope, class T, int v>
+  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < v; ++i) {
+      const Vec<T> r = mmd_sqrt<T>(u[i]);
+      for (int64_t s = 0; s < p.scales; ++s) {
+        const Vec<T> e = exp<T>(-r * p.rates[s]);
+        f[i] += e;
+        if (with_slope) g[i] += e * p.rates[s];
+      }
+      if (with_slope) g[i] = u[i] == T(0) ? Vec<T>{} : g[i] * T(0.5) / r;
+    }
+  }
+};
+
+struct MmdEnergy {
+  template <bool with_slope, class T, int v>
+  static inline void at(const MmdProfile<T>&, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < v; ++i) {
+      const Vec<T> r = mmd_sqrt<T>(u[i]);
+      f[i] = -r;
+      if (with_slope) g[i] = u[i] == T(0) ? Vec<T>{} : T(0.5) / r;
+    }
+  }
+};
+
+struct MmdRationalQuadratic {
+  template <bool with_slope, class T, int v>
+  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+    for (int64_t s = 0; s < p.scales; ++s)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) {
+        const Vec<T> base = u[i] * p.rates[s] + T(1), k = exp<T>(-p.widths[s] * log<T>(base));
+        f[i] += k;
+        if (with_slope) g[i] += k / (base * p.unit);
+      }
+  }
+};
+
+// One division a scale: for points so far apart that the polynomials would overflow, and many or very different scales.
+struct MmdInverse {
+  template <bool with_slope, class T, int v>
+  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+    for (int64_t s = 0; s < p.scales; ++s)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) {
+        const Vec<T> k = p.widths[s] / (u[i] + p.widths[s]);
+        f[i] += k;
+        if (with_slope) g[i] += k * k * p.rates[s];
+      }
+  }
+};
+
+// One division for all scales: seven divisions would take as long as the distances at D = 64.
+struct MmdInverseRational {
+  template <bool with_slope, class T, int v>
+  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+    const int64_t S = p.scales;
+    Vec<T> x[v], over[v], under[v];
+#pragma GCC unroll 4
+    for (int i = 0; i < v; ++i) {
+      x[i] = u[i] * (T(1) / p.unit);
+      over[i] = broadcast(p.numerator[S - 1]);
+      under[i] = x[i] * p.denominator[S] + p.denominator[S - 1];
+    }
+    for (int64_t s = S - 2; s >= 0; --s) {
+      const Vec<T> a = broadcast(p.numerator[s]), b = broadcast(p.denominator[s]);
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) over[i] = over[i] * x[i] + a, under[i] = under[i] * x[i] + b;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < v; ++i) under[i] = T(1) / under[i], f[i] = over[i] * under[i];
+    if (!with_slope) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < v; ++i) g[i] = broadcast(p.slope[2 * S - 2]);
+    for (int64_t s = 2 * S - 3; s >= 0; --s) {
+      const Vec<T> a = broadcast(p.slope[s]);
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) g[i] = g[i] * x[i] + a;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < v; ++i) g[i] = g[i] * under[i] * under[i];
+  }
+};
