@@ -13,16 +13,18 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from . import kernels
+
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """Σ over features of log Bernoulli(x; sigmoid(logits)): `[N, ...]`, x in [0, 1] of that shape -> `[N]`, in nats."""
-    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    return kernels.bernoulli_log_prob(x, logits, event_dims=x.dim() - 1)
 
 
 def gaussian_log_prob(mean: Tensor, x: Tensor, std: float) -> Tensor:
     """Σ over features of log N(x; mean, std²): `[N, ...]`, x of that shape -> `[N]`, in nats."""
-    squared = (x - mean).square().flatten(1)
-    return -0.5 * squared.sum(1) / std**2 - squared.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
+    log_var = torch.full((), 2 * math.log(std), dtype=x.dtype, device=x.device)
+    return kernels.gaussian_log_prob(x, mean, log_var, event_dims=x.dim() - 1)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,13 @@ Usable without the model layer: `from latent_engine.kernels import gmm_log_prob`
 
 from .backends import BackendError, backend_matrix, explain, set_backend, use_backend
 from .gmm import gmm_log_prob, gmm_log_prob_and_grad
+from .likelihood import (
+    bernoulli_log_prob,
+    discretized_logistic_log_prob,
+    gaussian_log_prob,
+    gaussian_variance,
+    negative_binomial_log_prob,
+)
 from .logistic_mixture import logistic_mixture_log_prob
 from .mmd import kernel_sums, mmd2
 from .mmd_two_sample import median_heuristic, mmd_witness, two_sample_test
@@ -13,7 +20,11 @@ from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
 __all__ = [
     "BackendError",
     "backend_matrix",
+    "bernoulli_log_prob",
+    "discretized_logistic_log_prob",
     "explain",
+    "gaussian_log_prob",
+    "gaussian_variance",
     "gmm_log_prob",
     "gmm_log_prob_and_grad",
     "kernel_sums",
@@ -21,6 +32,7 @@ __all__ = [
     "median_heuristic",
     "mmd2",
     "mmd_witness",
+    "negative_binomial_log_prob",
     "pairwise_kl",
     "pairwise_kl_diversity",
     "set_backend",

@@ -3,9 +3,10 @@
 
 #include "gmm.h"
 #include "isa.h"
+#include "likelihood.h"
 #include "logistic_mixture.h"
-#include "pairwise_kl.h"
 #include "mmd.h"
+#include "pairwise_kl.h"
 
 namespace latent_engine {
 
@@ -20,9 +21,10 @@ template <class T>
 struct Kernels {
   MathKernels<T> math;
   GmmKernels<T> gmm;
-  LogisticMixtureKernels<T> logistic_mixture;
   PairwiseKlKernels<T> pairwise_kl;
   MmdKernels<T> mmd;
+  LikelihoodKernels<T> likelihood[kLikelihoods];
+  LogisticMixtureKernels<T> logistic_mixture;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

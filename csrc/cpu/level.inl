@@ -1,6 +1,9 @@
 // Everything that is compiled once per instruction-set level; included inside the level's namespace.
 #include "simd.inl"
 #include "gmm.inl"
+#include "special.inl"
+#include "likelihood_families.inl"
+#include "likelihood.inl"
 #include "logistic_mixture.inl"
 #include "pairwise_kl.inl"
 #include "pairwise_kl_diversity.inl"
@@ -13,9 +16,11 @@ template <class T>
 static constexpr Kernels<T> level_kernels() {
   return {{apply<T, exp<T>>, apply<T, log<T>>},
           gmm_kernels<T>(),
-          logistic_mixture_kernels<T>(),
           pairwise_kl_kernels<T>(),
-          mmd_kernels<T>()};
+          mmd_kernels<T>(),
+          {likelihood_kernels<Bernoulli, T>(), likelihood_kernels<Gaussian, T>(),
+           likelihood_kernels<DiscretizedLogistic, T>(), likelihood_kernels<NegativeBinomial, T>()},
+          logistic_mixture_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();

@@ -1,0 +1,121 @@
+"""The likelihoods and PyTorch: autocast, gradcheck, opcheck, compile, vmap; the closed-form variance; one error a mistake."""
+
+import pytest
+import torch
+from test_likelihood import KINDS, OPS, draw
+
+from latent_engine.kernels import BackendError, bernoulli_log_prob, gaussian_log_prob, gaussian_variance, native
+
+
+def test_autocast_computes_in_float32():
+    x, logits = draw(0, 2, 3, 21)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = bernoulli_log_prob(x, logits.bfloat16())
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, bernoulli_log_prob(x, logits.bfloat16().float()))
+
+
+@KINDS
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_gradcheck_once_and_twice(kind, backend):
+    if backend == "cpp" and not native.cpp:
+        pytest.skip("the native library is not built")
+    inputs = draw(kind, 2, 2, 3, torch.float64, shared=(3,))
+    leaves = [t.requires_grad_(kind < 2 or i > 0) for i, t in enumerate(inputs)]
+    mask = torch.tensor([True, False, True])
+
+    def f(*args):
+        return OPS[kind](*args, mask=mask, backend=backend)
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@pytest.mark.skipif(not native.cpp, reason="the native library is not built")
+@pytest.mark.parametrize("kind", [0, 3], ids=["one parameter", "two parameters"])
+@pytest.mark.parametrize("grad", [False, True], ids=["frozen", "trained"])
+def test_opcheck(kind, grad):
+    ops = torch.ops.latent_engine
+    inputs = [t.reshape((1,) * (3 - t.dim()) + t.shape) for t in draw(kind, 2, 3, 5, shared=(5,))]
+    x, *parameters = inputs
+    parameters = [t.requires_grad_(grad) for t in parameters] + [None] * (2 - len(parameters))
+    for mask in (None, torch.rand(1, 3, 5) < 0.7):
+        torch.library.opcheck(ops.likelihood_fwd.default, (x, *parameters, mask, kind))
+    detached = [None if t is None else t.detach() for t in parameters]
+    for needs in ((kind == 0, True, kind > 0), (False, True, False)):
+        torch.library.opcheck(ops.likelihood_bwd.default, (torch.ones(2, 3), x, *detached, None, kind, *needs))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_to_one_graph(dynamic):
+    def loss(x, logits, mean, log_var):
+        return (2 * bernoulli_log_prob(x, logits.tanh()) + gaussian_log_prob(x, mean.tanh(), log_var)).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for N in (17, 18):
+        leaves = [t.requires_grad_() for t in (*draw(0, 3, N, 5), *draw(1, 3, N, 5, shared=(5,))[1:])]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        for a, e in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+def test_vmap_and_func_grad():
+    x, mean, log_var = draw(1, 4, 6, 5, shared=(5,))
+    batched = torch.func.vmap(lambda m: gaussian_log_prob(x, m, log_var))(mean)
+    torch.testing.assert_close(batched, gaussian_log_prob(x, mean, log_var))
+    both = torch.func.vmap(lambda m, v: gaussian_log_prob(x, m, v), (0, None))(mean, log_var)
+    torch.testing.assert_close(both, batched)
+    over_x = torch.func.vmap(lambda x_: gaussian_log_prob(x_, mean[0], log_var))(x.expand(4, 6, 5))
+    torch.testing.assert_close(over_x[2], gaussian_log_prob(x, mean[0], log_var))
+    per_sample = torch.func.vmap(torch.func.grad(lambda m: gaussian_log_prob(x, m, log_var).sum()))(mean)
+    leaf = mean.clone().requires_grad_()
+    gaussian_log_prob(x, leaf, log_var).sum().backward()
+    torch.testing.assert_close(per_sample, leaf.grad)
+
+
+def test_variance_is_the_optimum():
+    g = torch.Generator().manual_seed(5)
+    x, mean = torch.randn(6, 3, 4, 4, generator=g).double(), torch.randn(2, 6, 3, 4, 4, generator=g).double()
+    mask = torch.rand(6, 3, 4, 4, generator=g) < 0.8
+    for shape in ((), (3, 1, 1), (3, 4, 4), (6, 1, 1, 1)):
+        for options in ({}, {"mask": mask}):
+            variance = gaussian_variance(x, mean, shape, **options)
+            assert variance.shape == shape
+            log_var = variance.log().requires_grad_()
+            (slope,) = torch.autograd.grad(gaussian_log_prob(x, mean, log_var, event_dims=3, **options).sum(), log_var)
+            torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-10, rtol=0)
+    torch.testing.assert_close(gaussian_variance(x, mean), torch.nn.functional.mse_loss(x.expand_as(mean), mean))
+    with pytest.raises(ValueError, match=r"must broadcast to the shape of x and mean, given .* \[5\] and None"):
+        gaussian_variance(x, mean, (5,))
+
+
+X, L = torch.zeros(3, 4), torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize(("args", "options", "error", "message"), [
+    ((X, torch.zeros(2, 3, 5)), {}, ValueError, r"x and logits must have the same 1 trailing axes .* given \[3, 4\] and"),
+    ((X[:, :1], L), {}, ValueError, r"x and logits must have the same 1 trailing axes .* given \[3, 1\]"),
+    ((torch.zeros(5, 4), L), {}, ValueError, r"leading axes that broadcast, given \[5, 4\] and \[2, 3, 4\]"),
+    ((X, L), {"event_dims": 3}, ValueError, r"event_dims must lie between 0 and the dimensions of x\[3, 4\]"),
+    ((X, L), {"mask": torch.ones(3, 4)}, TypeError, "mask must be a boolean tensor, given torch.float32"),
+    ((X, L), {"mask": [True]}, TypeError, "mask must be a boolean tensor, given list"),
+    ((X, L), {"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask must broadcast .* \[2, 3, 4\], given \[2, 4\]"),
+    ((X, L), {"mask": torch.ones(5, 1, 1, 1, dtype=torch.bool)}, ValueError, "mask must broadcast against x and logits"),
+    ((X, L), {"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta but x is on cpu"),
+    ((X.long(), L), {}, TypeError, "x must be a floating-point tensor, given torch.int64"),
+    ((X, L.double()), {}, TypeError, "logits is torch.float64 but x is torch.float32"),
+    ((X, [0.0]), {}, TypeError, "logits must be a tensor, given list"),
+    ((X, L.to("meta")), {}, ValueError, "logits is on meta but x is on cpu"),
+    ((X, L), {"backend": "fast"}, BackendError, "Unknown backend 'fast'"),
+])
+def test_mistakes_get_one_clear_error(args, options, error, message):
+    with pytest.raises(error, match=message):
+        bernoulli_log_prob(*args, **options)
+
+
+@pytest.mark.parametrize("op", OPS[1:], ids=lambda op: op.__name__)
+def test_second_parameter_that_does_not_fit(op):
+    with pytest.raises(ValueError, match=r"must broadcast against x and mean, whose shape is \[2, 3, 4\], given \[3\]"):
+        op(X, L, torch.zeros(3))
+    with pytest.raises(TypeError, match=r"x must be a .*tensor, given list"):
+        op([[0.0]], L, torch.zeros(()))
