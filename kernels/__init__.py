@@ -5,6 +5,8 @@ Usable without the model layer: `from latent_engine.kernels import gmm_log_prob`
 
 from .backends import BackendError, backend_matrix, explain, set_backend, use_backend
 from .gmm import gmm_log_prob, gmm_log_prob_and_grad
+from .importance import importance_bound, importance_log_weights, importance_objective
+from .importance_statistics import ImportanceAccumulator, effective_sample_size, importance_weights, pareto_k
 from .likelihood import (
     bernoulli_log_prob,
     discretized_logistic_log_prob,
@@ -19,14 +21,20 @@ from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
 
 __all__ = [
     "BackendError",
+    "ImportanceAccumulator",
     "backend_matrix",
     "bernoulli_log_prob",
     "discretized_logistic_log_prob",
+    "effective_sample_size",
     "explain",
     "gaussian_log_prob",
     "gaussian_variance",
     "gmm_log_prob",
     "gmm_log_prob_and_grad",
+    "importance_bound",
+    "importance_log_weights",
+    "importance_objective",
+    "importance_weights",
     "kernel_sums",
     "logistic_mixture_log_prob",
     "median_heuristic",
@@ -35,6 +43,7 @@ __all__ = [
     "negative_binomial_log_prob",
     "pairwise_kl",
     "pairwise_kl_diversity",
+    "pareto_k",
     "set_backend",
     "two_sample_test",
     "use_backend",

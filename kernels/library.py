@@ -111,6 +111,8 @@ def reference_gradients(reference: Callable, tensors: Sequence[Tensor], needs: S
     `grads` are the gradients of the outputs, None where one is unused.
     """
     with torch.enable_grad():
+        # Views, because one tensor may be computed from another: the gradient of that one must not pass through it.
+        tensors = [t.view_as(t) if i < len(needs) and needs[i] else t for i, t in enumerate(tensors)]
         outputs = reference(*tensors)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gmm.h"
+#include "importance.h"
 #include "isa.h"
 #include "likelihood.h"
 #include "logistic_mixture.h"
@@ -23,6 +24,7 @@ struct Kernels {
   GmmKernels<T> gmm;
   PairwiseKlKernels<T> pairwise_kl;
   MmdKernels<T> mmd;
+  ImportanceKernels<T> importance;
   LikelihoodKernels<T> likelihood[kLikelihoods];
   LogisticMixtureKernels<T> logistic_mixture;
 };

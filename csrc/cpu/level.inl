@@ -1,6 +1,8 @@
 // Everything that is compiled once per instruction-set level; included inside the level's namespace.
 #include "simd.inl"
 #include "gmm.inl"
+#include "importance_reduce.inl"
+#include "importance.inl"
 #include "special.inl"
 #include "likelihood_families.inl"
 #include "likelihood.inl"
@@ -18,6 +20,7 @@ static constexpr Kernels<T> level_kernels() {
           gmm_kernels<T>(),
           pairwise_kl_kernels<T>(),
           mmd_kernels<T>(),
+          importance_kernels<T>(),
           {likelihood_kernels<Bernoulli, T>(), likelihood_kernels<Gaussian, T>(),
            likelihood_kernels<DiscretizedLogistic, T>(), likelihood_kernels<NegativeBinomial, T>()},
           logistic_mixture_kernels<T>()};

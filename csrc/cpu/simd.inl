@@ -150,16 +150,22 @@ static inline T sum_halves(V v) {
   }
 }
 
-// Sum over 64 bytes of lanes held in 64 / LATENT_VECTOR_BYTES registers, in the order of sum_halves over one register.
+// 64 bytes of lanes held in 64 / LATENT_VECTOR_BYTES registers, halved until one register is left.
 template <class T>
-static inline T sum_lanes(const Vec<T> (&parts)[64 / LATENT_VECTOR_BYTES]) {
+static inline Vec<T> fold_registers(const Vec<T> (&parts)[64 / LATENT_VECTOR_BYTES]) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   Vec<T> folded[registers];
   for (int i = 0; i < registers; ++i) folded[i] = parts[i];
 #pragma GCC unroll 4
   for (int half = registers / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) folded[i] += folded[i + half];
-  return sum_halves<T>(folded[0]);
+  return folded[0];
+}
+
+// Sum over 64 bytes of lanes, in the order of sum_halves over one register.
+template <class T>
+static inline T sum_lanes(const Vec<T> (&parts)[64 / LATENT_VECTOR_BYTES]) {
+  return sum_halves<T>(fold_registers<T>(parts));
 }
 
 // Blocks of w lanes of a, then of b, each folded to w / 2: lane i with lane i + w / 2.

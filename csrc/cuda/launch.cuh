@@ -5,7 +5,7 @@
 
 namespace latent_engine {
 
-inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+__host__ __device__ inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 struct Split {
   int64_t count, tiles_each;
