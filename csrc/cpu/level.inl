@@ -1,9 +1,9 @@
 // Everything that is compiled once per instruction-set level; included inside the level's namespace.
 #include "simd.inl"
+#include "special.inl"
 #include "gmm.inl"
 #include "importance_reduce.inl"
 #include "importance.inl"
-#include "special.inl"
 #include "likelihood_families.inl"
 #include "likelihood.inl"
 #include "logistic_mixture.inl"

@@ -36,13 +36,6 @@ static inline Vec<T> exp2_below(Vec<T> x) {
   return x < PairExp<T>::min ? Vec<T>{} : y;
 }
 
-// log(1 + q) with the digits that 1 + q loses.
-template <class T>
-static inline Vec<T> log1p(Vec<T> q) {
-  const Vec<T> u = q + T(1);
-  return log<T>(u) + (q - (u - T(1))) / u;
-}
-
 template <class T, bool need_gradients>
 struct SoftplusTile {
   static constexpr bool gradients = need_gradients;
