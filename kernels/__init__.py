@@ -16,6 +16,7 @@ from .likelihood import (
 )
 from .logistic_mixture import logistic_mixture_log_prob
 from .mmd import kernel_sums, mmd2
+from .mmd_normal import mmd2_to_normal
 from .mmd_two_sample import median_heuristic, mmd_witness, two_sample_test
 from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
 
@@ -39,6 +40,7 @@ __all__ = [
     "logistic_mixture_log_prob",
     "median_heuristic",
     "mmd2",
+    "mmd2_to_normal",
     "mmd_witness",
     "negative_binomial_log_prob",
     "pairwise_kl",

@@ -7,6 +7,7 @@
 #include "likelihood.h"
 #include "logistic_mixture.h"
 #include "mmd.h"
+#include "mmd_normal.h"
 #include "pairwise_kl.h"
 
 namespace latent_engine {
@@ -27,6 +28,7 @@ struct Kernels {
   ImportanceKernels<T> importance;
   LikelihoodKernels<T> likelihood[kLikelihoods];
   LogisticMixtureKernels<T> logistic_mixture;
+  NormalMmdKernels<T> mmd_normal;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

@@ -13,6 +13,7 @@
 #include "pairwise_kl_gram.inl"
 #include "mmd_profiles.inl"
 #include "mmd.inl"
+#include "mmd_normal.inl"
 
 template <class T>
 static constexpr Kernels<T> level_kernels() {
@@ -23,7 +24,8 @@ static constexpr Kernels<T> level_kernels() {
           importance_kernels<T>(),
           {likelihood_kernels<Bernoulli, T>(), likelihood_kernels<Gaussian, T>(),
            likelihood_kernels<DiscretizedLogistic, T>(), likelihood_kernels<NegativeBinomial, T>()},
-          logistic_mixture_kernels<T>()};
+          logistic_mixture_kernels<T>(),
+          mmd_normal_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();

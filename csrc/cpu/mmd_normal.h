@@ -1,0 +1,55 @@
+// CPU kernels of mmd2_to_normal: raw pointers and sizes. The maths is in kernels/mmd_normal.py; here lengths are in units of
+// √D σ.
+#pragma once
+
+#include <cstdint>
+
+namespace latent_engine {
+
+// Σ_s C_s / (C_s + r²) over a few of the scales, as y P(y) / Q(y) in y = C / (C + r²) with C the smallest of them, and its
+// derivative as −y² R(y) / (C Q(y)²). With C_s / C = 1 + β_s: Q = Π (1 + β_s y), P = Σ_s (1 + β_s) Π_{j≠s} (1 + β_j y) and
+// R = Σ_s (1 + β_s) Π_{j≠s} (1 + β_j y)². Every coefficient is positive: nothing cancels. Two divisions serve all scales.
+template <class T>
+struct ImqGroup {
+  static constexpr int kMost = 8;
+  int count;
+  T width;
+  T p[kMost], q[kMost], r[2 * kMost - 1];  // ascending powers
+};
+
+// The nodes of a sum of Gaussian kernels, padded with weights of zero to whole kNodes.
+template <class T>
+struct GaussianSum {
+  static constexpr int64_t kNodes = 8;
+  int64_t count;
+  const T *rates, *weights;
+  // Posteriors: the width 1/(2a), and D log2 of it as a whole number and a rest in nats.
+  const T *widths, *powers, *rests;
+};
+
+// Rows in panels. `panel` is a multiple of kGroupRows; the arrays [D][stride] hold all panels in full.
+template <class T>
+struct NormalMmd {
+  int64_t N, D, panel, stride;
+  const T *x, *log_var;  // [N, D], with strides; log_var null: points
+  int64_t x_strides[2], log_var_strides[2];
+  double prior_std;
+  T *xt, *vt;    // [D][stride]
+  T *dxt, *dvt;  // the gradients of the value, or null: both or none of them for posteriors
+  T* largest;    // [panels] the largest variance, for posteriors
+  GaussianSum<T> cross;
+  GaussianSum<T> pairs;        // Gaussian kernels between points; count 0: `imq`
+  const ImqGroup<T>* imq;
+  int64_t imq_count;
+  double pair_weight, cross_weight, self_weight;  // of an unordered pair, of a row against the prior, and with itself
+  T *dx, *dlog_var;                               // [N, D] or null
+};
+
+template <class T>
+struct NormalMmdKernels {
+  double (*rows)(const NormalMmd<T>&, int64_t panel);  // packs a panel, its cross term and the pairs inside
+  double (*pairs)(const NormalMmd<T>&, int64_t panel, int64_t other);
+  void (*finish)(const NormalMmd<T>&, int64_t panel);  // writes the gradients of a panel
+};
+
+}  // namespace latent_engine

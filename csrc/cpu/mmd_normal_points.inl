@@ -1,0 +1,172 @@
+// Pairs of points: distances, then all scales of the kernel, then the gradients. Per pair and dimension one FMA, and two more
+// for the gradients of both points.
+
+constexpr int64_t kPairRows = 4, kPairColumns = 512;  // of a tile whose distances are held in memory at once
+constexpr int kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
+
+// Squared distances of kPairRows rows from `vectors` vectors of columns.
+template <class T, int vectors>
+static inline void mmd_distance_tile(const T* rows, const T* columns, int64_t stride, int64_t D, T* out) {
+  Vec<T> sums[kPairRows][vectors] = {};
+  for (int64_t d = 0; d < D; ++d, rows += stride, columns += stride) {
+    Vec<T> x[vectors];
+    for (int v = 0; v < vectors; ++v) x[v] = load(columns + v * kLanes<T>);
+#pragma GCC unroll 4
+    for (int k = 0; k < kPairRows; ++k) {
+      const Vec<T> row = broadcast(rows[k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<T> delta = x[v] - row;
+        sums[k][v] += delta * delta;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < kPairRows; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(out + k * kPairColumns + v * kLanes<T>, sums[k][v]);
+}
+
+// n squared distances become kernel values, and `slopes`, if asked for, −scale times their derivatives.
+template <class T, bool slopes_too>
+static void mmd_imq(const ImqGroup<T>* groups, int64_t count, T scale, T* values, T* slopes, int64_t n) {
+  constexpr int V = kPairVectors;
+  for (int64_t i = 0; i < n; i += V * kLanes<T>) {
+    Vec<T> square[V], value[V] = {}, slope[V] = {};
+    for (int v = 0; v < V; ++v) square[v] = load(values + i + v * kLanes<T>);
+    for (const ImqGroup<T>* g = groups; g != groups + count; ++g) {
+      const int top = g->count - 1;
+      Vec<T> y[V], p[V], q[V], r[V];
+      for (int v = 0; v < V; ++v) {
+        y[v] = g->width / (square[v] + g->width);
+        p[v] = broadcast(g->p[top]), q[v] = broadcast(g->q[top]), r[v] = broadcast(g->r[2 * top]);
+      }
+      for (int c = top - 1; c >= 0; --c)
+        for (int v = 0; v < V; ++v) p[v] = p[v] * y[v] + g->p[c], q[v] = q[v] * y[v] + g->q[c];
+      if (slopes_too)
+        for (int c = 2 * top - 1; c >= 0; --c)
+          for (int v = 0; v < V; ++v) r[v] = r[v] * y[v] + g->r[c];
+      const T factor = scale / g->width;
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> ratio = y[v] / q[v];
+        value[v] += ratio * p[v];
+        if (slopes_too) slope[v] += (ratio * ratio) * (r[v] * factor);
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      store(values + i + v * kLanes<T>, value[v]);
+      if (slopes_too) store(slopes + i + v * kLanes<T>, slope[v]);
+    }
+  }
+}
+
+// The same for Σ_q w_q exp(−a_q r²).
+template <class T, bool slopes_too>
+static void mmd_gaussian(const GaussianSum<T>& sum, T scale, T* values, T* slopes, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Vec<T> square = load(values + i);
+    Vec<T> value = {}, slope = {};
+    for (int64_t q = 0; q < sum.count; ++q) {
+      const Vec<T> term = sum.weights[q] * exp<T>(square * -sum.rates[q]);
+      value += term;
+      if (slopes_too) slope += term * sum.rates[q];
+    }
+    store(values + i, value);
+    if (slopes_too) store(slopes + i, slope * scale);
+  }
+}
+
+// dx_j += w_kj δ_kj and dx_k −= Σ_j w_kj δ_kj over a tile, where δ = x_j − x_k; w[kPairRows][kPairColumns].
+template <class T>
+static void mmd_gradient_tile(const T* rows, T* drows, const T* columns, T* dcolumns, const T* w, int64_t stride, int64_t D,
+                              int64_t n) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  for (int64_t d = 0; d < D; ++d, rows += stride, drows += stride, columns += stride, dcolumns += stride) {
+    Vec<T> sums[kPairRows][registers] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < registers; ++r) {
+      Vec<T> sum[kPairRows] = {}, row[kPairRows];
+#pragma GCC unroll 4
+      for (int k = 0; k < kPairRows; ++k) row[k] = broadcast(rows[k]);
+      for (int64_t i = r * kLanes<T>; i < n; i += kLine<T>) {
+        const Vec<T> x = load(columns + i);
+        Vec<T> dx = load(dcolumns + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < kPairRows; ++k) {
+          const Vec<T> delta = x - row[k], weight = load(w + k * kPairColumns + i);
+          dx += weight * delta;
+          sum[k] += weight * delta;
+        }
+        store(dcolumns + i, dx);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < kPairRows; ++k) sums[k][r] = sum[k];
+    }
+    for (int k = 0; k < kPairRows; ++k) drows[k] -= sum_lanes<T>(sums[k]);
+  }
+}
+
+// The pairs i < j of kPairRows rows from i with columns [begin, end), end ≤ begin + kPairColumns; returns the sum of the kernel.
+template <class T, bool gradient>
+static double mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int64_t end, T* values, T* slopes) {
+  constexpr int64_t wide = kPairVectors * kLanes<T>;
+  const int64_t n = (end - begin + kLine<T> - 1) / kLine<T> * kLine<T>;
+  int64_t j = 0;
+  for (; j + wide <= n; j += wide)
+    mmd_distance_tile<T, kPairVectors>(p.xt + i, p.xt + begin + j, p.stride, p.D, values + j);
+  for (; j < n; j += kLanes<T>) mmd_distance_tile<T, 1>(p.xt + i, p.xt + begin + j, p.stride, p.D, values + j);
+  const T scale = T(-2 * p.pair_weight);
+  for (int64_t k = 0; k < kPairRows; ++k) {
+    T *const value = values + k * kPairColumns, *const slope = slopes + k * kPairColumns;
+    if (p.imq_count) mmd_imq<T, gradient>(p.imq, p.imq_count, scale, value, slope, n);
+    else mmd_gaussian<T, gradient>(p.pairs, scale, value, slope, n);
+    const int64_t skipped = i + k < p.N ? std::clamp<int64_t>(i + k + 1 - begin, 0, n) : n;
+    for (T* row : {value, slope}) {
+      std::fill(row, row + skipped, T(0));
+      std::fill(row + (end - begin), row + n, T(0));
+    }
+  }
+  if (gradient)
+    mmd_gradient_tile(p.xt + i, p.dxt + i, p.xt + begin, p.dxt + begin, slopes, p.stride, p.D, n);
+  return mmd_sum(values, kPairColumns, kPairRows, n);
+}
+
+template <class T>
+static double mmd_points_pairs(const NormalMmd<T>& p, int64_t panel, int64_t other) {
+  Arena<T> arena(Scratch::task, kPairRows * kPairColumns, kPairRows * kPairColumns);
+  T *const values = arena.take(kPairRows * kPairColumns), *const slopes = arena.take(kPairRows * kPairColumns);
+  const auto tile = p.dxt ? mmd_points_tile<T, true> : mmd_points_tile<T, false>;
+  const int64_t last_row = std::min(p.N, (panel + 1) * p.panel), last = std::min(p.N, (other + 1) * p.panel);
+  double sum = 0;
+  for (int64_t block = other * p.panel; block < last; block += kPairColumns) {
+    const int64_t end = std::min(last, block + kPairColumns);
+    for (int64_t i = panel * p.panel; i < std::min(last_row, end); i += kPairRows)
+      sum += tile(p, i, std::max(block, i / kLine<T> * kLine<T>), end, values, slopes);
+  }
+  return p.pair_weight * sum;
+}
+
+// Rows [first, last) against the prior: Σ_q w_q exp(−a_q |x|²) with the prior's smoothing in w and a.
+template <class T>
+static double mmd_points_cross(const NormalMmd<T>& p, int64_t first, int64_t last) {
+  Arena<T> arena(Scratch::task, kPairColumns, kPairColumns);
+  T *const values = arena.take(kPairColumns), *const slopes = arena.take(kPairColumns);
+  double sum = 0;
+  for (int64_t i = first; i < last; i += kPairColumns) {
+    const int64_t n = std::min(kPairColumns, last - i), padded = (n + kLine<T> - 1) / kLine<T> * kLine<T>;
+    std::fill_n(values, padded, T(0));
+    for (int64_t d = 0; d < p.D; ++d) {
+      const T* x = p.xt + d * p.stride + i;
+      for (int64_t j = 0; j < padded; ++j) values[j] += x[j] * x[j];
+    }
+    mmd_gaussian<T, true>(p.cross, T(-2 * p.cross_weight), values, slopes, padded);
+    std::fill(values + n, values + padded, T(0));
+    sum += mmd_sum(values, 0, 1, padded);
+    for (int64_t d = 0; p.dxt && d < p.D; ++d) {
+      const T* x = p.xt + d * p.stride + i;
+      T* dx = p.dxt + d * p.stride + i;
+      for (int64_t j = 0; j < padded; ++j) dx[j] = slopes[j] * x[j];
+    }
+  }
+  return p.cross_weight * sum;
+}

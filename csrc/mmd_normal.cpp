@@ -1,0 +1,170 @@
+// mmd_normal_fwd on CPU tensors: tables of the kernel, allocation, the cut into panels, launch. Arguments are checked in
+// kernels/mmd_normal.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "binding.h"
+
+namespace latent_engine {
+namespace {
+
+constexpr int64_t kMaxPanels = 16, kPanelRows = 64;  // a panel is a multiple of the second
+
+// The polynomials of one group of inverse multiquadrics; see ImqGroup.
+template <class T>
+ImqGroup<T> imq_group(const double* widths, int count) {
+  std::vector<double> p(count), q(count), r(2 * count - 1);
+  const auto multiply = [](std::vector<double>& poly, double beta) {
+    for (size_t i = poly.size() - 1; i > 0; --i) poly[i] += beta * poly[i - 1];
+  };
+  const auto beta = [&](int s) { return widths[s] / widths[0] - 1; };
+  q[0] = 1;
+  for (int s = 1; s < count; ++s) multiply(q, beta(s));  // beta(0) = 0
+  for (int s = 0; s < count; ++s) {
+    std::vector<double> others(p.size()), squares(r.size());
+    others[0] = squares[0] = 1 + beta(s);
+    for (int j = 0; j < count; ++j)
+      if (j != s) multiply(others, beta(j)), multiply(squares, beta(j)), multiply(squares, beta(j));
+    for (size_t i = 0; i < p.size(); ++i) p[i] += others[i];
+    for (size_t i = 0; i < r.size(); ++i) r[i] += squares[i];
+  }
+  ImqGroup<T> group{count, static_cast<T>(widths[0]), {}, {}, {}};
+  std::copy(p.begin(), p.end(), group.p), std::copy(q.begin(), q.end(), group.q), std::copy(r.begin(), r.end(), group.r);
+  return group;
+}
+
+// Groups of ascending widths whose polynomials stay far below the largest float.
+template <class T>
+std::vector<ImqGroup<T>> imq_groups(std::vector<double> widths) {
+  constexpr double largest = 1e16;
+  std::sort(widths.begin(), widths.end());
+  std::vector<ImqGroup<T>> groups;
+  for (size_t first = 0, last; first < widths.size(); first = last) {
+    double product = 1;
+    for (last = first; last < widths.size() && last - first < ImqGroup<T>::kMost; ++last) {
+      product *= widths[last] / widths[first];
+      if (product > largest) break;
+    }
+    groups.push_back(imq_group<T>(&widths[first], static_cast<int>(last - first)));
+  }
+  return groups;
+}
+
+template <class T>
+int64_t padded_nodes(const std::vector<T>& rates) {
+  return round_up(static_cast<int64_t>(rates.size()), GaussianSum<T>::kNodes);
+}
+
+// Σ_q w_q exp(−a_q r²) after smoothing by a total `variance` in every one of D dimensions, the same for all pairs.
+template <class T>
+GaussianSum<T> smoothed(const std::vector<double>& rates, const std::vector<double>& weights, double variance, int64_t D,
+                        T* memory) {
+  const int64_t count = static_cast<int64_t>(rates.size());
+  for (int64_t q = 0; q < count; ++q) {
+    memory[q] = static_cast<T>(rates[q] / (1 + 2 * rates[q] * variance));
+    memory[count + q] = static_cast<T>(weights[q] * std::exp(-0.5 * D * std::log1p(2 * rates[q] * variance)));
+  }
+  return {count, memory, memory + count, nullptr, nullptr, nullptr};
+}
+
+// The nodes for pairs that each have variances of their own.
+template <class T>
+GaussianSum<T> unsmoothed(const std::vector<double>& rates, const std::vector<double>& weights, int64_t D, T* memory) {
+  const int64_t nodes = static_cast<int64_t>(rates.size()), count = round_up(nodes, GaussianSum<T>::kNodes);
+  T *const w = memory, *const widths = w + count, *const powers = widths + count, *const rests = powers + count;
+  for (int64_t q = 0; q < count; ++q) {
+    w[q] = q < nodes ? static_cast<T>(weights[q]) : T(0);
+    widths[q] = static_cast<T>(0.5 / rates[std::min(q, nodes - 1)]);
+    const double bits = D * std::log2(static_cast<double>(widths[q])), whole = std::floor(bits);
+    powers[q] = static_cast<T>(whole), rests[q] = static_cast<T>((bits - whole) * 0.6931471805599453);
+  }
+  return {count, nullptr, w, widths, powers, rests};
+}
+
+// Rows of a panel: enough panels for the work, an even number that keeps each panel in one task of a round.
+int64_t panel_rows(int64_t N, int64_t work) {
+  const double wanted = std::sqrt(2.0 * N * N / 2 * work / kTaskWork);
+  const int64_t panels = std::clamp<int64_t>(std::min<int64_t>(static_cast<int64_t>(wanted), N / kPanelRows), 1, kMaxPanels);
+  return round_up(ceil_div(N, std::max<int64_t>(panels / 2 * 2, 1)), kPanelRows);
+}
+
+// Sum of pair(a, b) over all pairs a < b of `panels` panels, in rounds in which each panel is in one pair only (the circle
+// method), so that tasks of a round may write to their panels; the sum is in one order whatever the threads.
+template <class F>
+double sum_over_pairs(int64_t panels, const F& pair) {
+  const int64_t even = panels + panels % 2, last = even - 1;
+  std::vector<double> sums(even / 2);
+  double total = 0;
+  for (int64_t round = 0; round < last; ++round) {
+    for_each_task(even / 2, [&](int64_t k) {
+      const int64_t a = (round + k) % last, b = k == 0 ? last : (round + last - k) % last;
+      sums[k] = std::max(a, b) < panels ? pair(std::min(a, b), std::max(a, b)) : 0;
+    });
+    for (const double sum : sums) total += sum;
+  }
+  return total;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& log_var,
+                                           const std::vector<double>& rates, const std::vector<double>& weights,
+                                           const std::vector<double>& widths, double prior_std, bool biased, bool need_x,
+                                           bool need_log_var) {
+  const int64_t N = x.size(0), D = x.size(1), size = round_up(N, kPanelRows) * D;
+  const int64_t nodes = static_cast<int64_t>(rates.size()), work = log_var ? 4 * D * nodes : 2 * D + 32;
+  const bool gradient = need_x || need_log_var;
+  const int64_t gradients = gradient ? size : 0, tables = 4 * round_up(nodes, GaussianSum<T>::kNodes);
+  Arena<T> arena(Scratch::launch, size, log_var ? size : 0, gradients, log_var ? gradients : 0, tables, tables, kMaxPanels);
+  Tensor value = empty(x, {}), dx = empty(x, {need_x ? N : 0, need_x ? D : 0});
+  Tensor dlog_var = empty(x, {need_log_var ? N : 0, need_log_var ? D : 0});
+  const auto groups = imq_groups<T>(widths);
+
+  NormalMmd<T> p{};
+  p.N = N, p.D = D, p.panel = panel_rows(N, work), p.stride = round_up(N, kPanelRows), p.prior_std = prior_std;
+  p.x = x.const_data_ptr<T>(), p.x_strides[0] = x.stride(0), p.x_strides[1] = x.stride(1);
+  p.xt = arena.take(size), p.dxt = gradient ? arena.take(size) : nullptr;
+  p.imq = groups.data(), p.imq_count = static_cast<int64_t>(groups.size());
+  p.pair_weight = biased ? 2.0 / (double(N) * N) : 2.0 / (double(N) * (N - 1));
+  p.cross_weight = -2.0 / N, p.self_weight = biased ? 0.5 : 0.0;
+  if (need_x) p.dx = dx.mutable_data_ptr<T>();
+  double constant = 0;  // the prior with itself, and points with themselves
+  for (int64_t q = 0; q < nodes; ++q) constant += weights[q] * std::exp(-0.5 * D * std::log1p(4 * rates[q] / D));
+  if (log_var) {
+    p.log_var = log_var->const_data_ptr<T>();
+    p.log_var_strides[0] = log_var->stride(0), p.log_var_strides[1] = log_var->stride(1);
+    p.vt = arena.take(size), p.dvt = gradient ? arena.take(size) : nullptr, p.largest = arena.take(kMaxPanels);
+    p.cross = unsmoothed(rates, weights, D, arena.take(tables));
+    if (need_log_var) p.dlog_var = dlog_var.mutable_data_ptr<T>();
+  } else {
+    p.cross = smoothed(rates, weights, 1.0 / D, D, arena.take(tables));
+    p.pairs = smoothed(rates, weights, 0.0, D, arena.take(tables));
+    if (biased) constant += (widths.empty() ? rates.size() : widths.size()) / double(N);
+  }
+
+  const int64_t panels = ceil_div(N, p.panel);
+  double sums[kMaxPanels];
+  for_each_task(panels, [&](int64_t panel) { sums[panel] = kernels<T>().mmd_normal.rows(p, panel); });
+  double total = constant + sum_over_pairs(panels, [&](int64_t a, int64_t b) { return kernels<T>().mmd_normal.pairs(p, a, b); });
+  for (int64_t panel = 0; panel < panels; ++panel) total += sums[panel];
+  if (gradient) for_each_task(panels, [&](int64_t panel) { kernels<T>().mmd_normal.finish(p, panel); });
+  *value.mutable_data_ptr<T>() = static_cast<T>(total);
+  return {value, dx, dlog_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mmd_normal_fwd(const Tensor& x, const std::optional<Tensor>& log_var,
+                                                  const std::vector<double>& rates, const std::vector<double>& weights,
+                                                  const std::vector<double>& widths, double prior_std, bool biased, bool need_x,
+                                                  bool need_log_var) {
+  const auto f = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return f(x, log_var, rates, weights, widths, prior_std, biased, need_x, need_log_var);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) { m.impl("mmd_normal_fwd", TORCH_BOX(&mmd_normal_fwd)); }
+
+}  // namespace
+}  // namespace latent_engine
