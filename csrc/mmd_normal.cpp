@@ -40,8 +40,9 @@ ImqGroup<T> imq_group(const double* widths, int count) {
 
 // Groups of ascending widths whose polynomials stay far below the largest float.
 template <class T>
-std::vector<ImqGroup<T>> imq_groups(std::vector<double> widths) {
+std::vector<ImqGroup<T>> imq_groups(std::vector<double> widths, double squared_unit) {
   constexpr double largest = 1e16;
+  for (double& width : widths) width *= squared_unit;
   std::sort(widths.begin(), widths.end());
   std::vector<ImqGroup<T>> groups;
   for (size_t first = 0, last; first < widths.size(); first = last) {
@@ -53,11 +54,6 @@ std::vector<ImqGroup<T>> imq_groups(std::vector<double> widths) {
     groups.push_back(imq_group<T>(&widths[first], static_cast<int>(last - first)));
   }
   return groups;
-}
-
-template <class T>
-int64_t padded_nodes(const std::vector<T>& rates) {
-  return round_up(static_cast<int64_t>(rates.size()), GaussianSum<T>::kNodes);
 }
 
 // Σ_q w_q exp(−a_q r²) after smoothing by a total `variance` in every one of D dimensions, the same for all pairs.
@@ -112,20 +108,27 @@ double sum_over_pairs(int64_t panels, const F& pair) {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& log_var,
-                                           const std::vector<double>& rates, const std::vector<double>& weights,
+                                           std::vector<double> rates, const std::vector<double>& weights,
                                            const std::vector<double>& widths, double prior_std, bool biased, bool need_x,
                                            bool need_log_var) {
-  const int64_t N = x.size(0), D = x.size(1), size = round_up(N, kPanelRows) * D;
+  const int64_t N = x.size(0), D = x.size(1);
+  const double exponent = std::round(std::log2(prior_std * std::sqrt(double(D))));
+  const double squared_unit = std::exp2(-2 * exponent) * D * prior_std * prior_std;  // D σ² in the kernels' units
+  for (double& rate : rates) rate /= squared_unit;
+  const double prior_variance = squared_unit / D;
+  // At a stride of a power of two the columns would share a few cache sets.
+  const int64_t stride = round_up(N, kPanelRows) + 16, size = stride * D;
   const int64_t nodes = static_cast<int64_t>(rates.size()), work = log_var ? 4 * D * nodes : 2 * D + 32;
   const bool gradient = need_x || need_log_var;
   const int64_t gradients = gradient ? size : 0, tables = 4 * round_up(nodes, GaussianSum<T>::kNodes);
   Arena<T> arena(Scratch::launch, size, log_var ? size : 0, gradients, log_var ? gradients : 0, tables, tables, kMaxPanels);
   Tensor value = empty(x, {}), dx = empty(x, {need_x ? N : 0, need_x ? D : 0});
   Tensor dlog_var = empty(x, {need_log_var ? N : 0, need_log_var ? D : 0});
-  const auto groups = imq_groups<T>(widths);
+  const auto groups = imq_groups<T>(widths, squared_unit);
 
   NormalMmd<T> p{};
-  p.N = N, p.D = D, p.panel = panel_rows(N, work), p.stride = round_up(N, kPanelRows), p.prior_std = prior_std;
+  p.N = N, p.D = D, p.panel = panel_rows(N, work), p.stride = stride;
+  p.unit = static_cast<T>(std::exp2(-exponent)), p.prior_variance = static_cast<T>(prior_variance);
   p.x = x.const_data_ptr<T>(), p.x_strides[0] = x.stride(0), p.x_strides[1] = x.stride(1);
   p.xt = arena.take(size), p.dxt = gradient ? arena.take(size) : nullptr;
   p.imq = groups.data(), p.imq_count = static_cast<int64_t>(groups.size());
@@ -133,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
   p.cross_weight = -2.0 / N, p.self_weight = biased ? 0.5 : 0.0;
   if (need_x) p.dx = dx.mutable_data_ptr<T>();
   double constant = 0;  // the prior with itself, and points with themselves
-  for (int64_t q = 0; q < nodes; ++q) constant += weights[q] * std::exp(-0.5 * D * std::log1p(4 * rates[q] / D));
+  for (int64_t q = 0; q < nodes; ++q) constant += weights[q] * std::exp(-0.5 * D * std::log1p(4 * rates[q] * prior_variance));
   if (log_var) {
     p.log_var = log_var->const_data_ptr<T>();
     p.log_var_strides[0] = log_var->stride(0), p.log_var_strides[1] = log_var->stride(1);
@@ -141,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
     p.cross = unsmoothed(rates, weights, D, arena.take(tables));
     if (need_log_var) p.dlog_var = dlog_var.mutable_data_ptr<T>();
   } else {
-    p.cross = smoothed(rates, weights, 1.0 / D, D, arena.take(tables));
+    p.cross = smoothed(rates, weights, prior_variance, D, arena.take(tables));
     p.pairs = smoothed(rates, weights, 0.0, D, arena.take(tables));
     if (biased) constant += (widths.empty() ? rates.size() : widths.size()) / double(N);
   }

@@ -1,5 +1,5 @@
-// CPU kernels of mmd2_to_normal: raw pointers and sizes. The maths is in kernels/mmd_normal.py; here lengths are in units of
-// √D σ.
+// CPU kernels of mmd2_to_normal: raw pointers and sizes. The maths is in kernels/mmd_normal.py; here lengths are in units of the
+// power of two nearest to √D σ, so that scaling rounds nothing.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct NormalMmd {
   int64_t N, D, panel, stride;
   const T *x, *log_var;  // [N, D], with strides; log_var null: points
   int64_t x_strides[2], log_var_strides[2];
-  double prior_std;
+  T unit, prior_variance;  // reciprocal of the unit of length; σ² in squared units
   T *xt, *vt;    // [D][stride]
   T *dxt, *dvt;  // the gradients of the value, or null: both or none of them for posteriors
   T* largest;    // [panels] the largest variance, for posteriors

@@ -16,14 +16,13 @@ static void mmd_pack(const T* from, const int64_t (&strides)[2], int64_t first, 
   }
 }
 
-// Sum of `rows` rows of n values, n a multiple of kLine.
+// Sum of n values, a multiple of kLine.
 template <class T>
-static T mmd_sum(const T* values, int64_t row_stride, int64_t rows, int64_t n) {
+static T mmd_sum(const T* values, int64_t n) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   Vec<T> sums[registers] = {};
-  for (int64_t k = 0; k < rows; ++k)
-    for (int64_t i = 0; i < n; i += kLine<T>)
-      for (int r = 0; r < registers; ++r) sums[r] += load(values + k * row_stride + i + r * kLanes<T>);
+  for (int64_t i = 0; i < n; i += kLine<T>)
+    for (int r = 0; r < registers; ++r) sums[r] += load(values + i + r * kLanes<T>);
   return sum_lanes<T>(sums);
 }
 
@@ -39,8 +38,7 @@ template <class T>
 static double mmd_rows(const NormalMmd<T>& p, int64_t panel) {
   const int64_t first = panel * p.panel, last = std::min(p.N, first + p.panel), n = last - first;
   const int64_t padded = std::min(p.stride, first + p.panel) - first;
-  const double unit = 1 / (p.prior_std * __builtin_sqrt(double(p.D)));
-  mmd_pack(p.x, p.x_strides, first, n, padded, p.D, T(unit), p.xt, p.stride);
+  mmd_pack(p.x, p.x_strides, first, n, padded, p.D, p.unit, p.xt, p.stride);
   if (p.vt) mmd_pack_variances(p, panel, padded);
   return (p.vt ? mmd_posteriors_cross(p, panel) : mmd_points_cross(p, first, last)) + mmd_pairs(p, panel, panel);
 }
@@ -48,10 +46,9 @@ static double mmd_rows(const NormalMmd<T>& p, int64_t panel) {
 template <class T>
 static void mmd_finish(const NormalMmd<T>& p, int64_t panel) {
   const int64_t first = panel * p.panel, n = std::min(p.panel, p.N - first);
-  const T unit = T(1 / (p.prior_std * __builtin_sqrt(double(p.D))));
   for (int64_t d = 0; d < p.D; ++d) {
     T* dx = p.dxt + d * p.stride + first;
-    for (int64_t i = 0; i < n; ++i) dx[i] *= unit;
+    for (int64_t i = 0; i < n; ++i) dx[i] *= p.unit;
     if (!p.dlog_var) continue;
     T* dv = p.dvt + d * p.stride + first;
     const T* v = p.vt + d * p.stride + first;

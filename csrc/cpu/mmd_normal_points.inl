@@ -1,18 +1,20 @@
 // Pairs of points: distances, then all scales of the kernel, then the gradients. Per pair and dimension one FMA, and two more
 // for the gradients of both points.
 
-constexpr int64_t kPairRows = 4, kPairColumns = 512;  // of a tile whose distances are held in memory at once
-constexpr int kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
+// A tile whose distances are held in memory at once. Its rows share the loads and stores of the columns' gradients, which come
+// from the L2 cache; 16 registers have no room for eight.
+constexpr int64_t kPairRows = LATENT_VECTOR_BYTES == 64 ? 8 : 4, kPairColumns = 512;
+constexpr int kDistanceRows = 4, kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
 
-// Squared distances of kPairRows rows from `vectors` vectors of columns.
+// Squared distances of kDistanceRows rows from `vectors` vectors of columns.
 template <class T, int vectors>
 static inline void mmd_distance_tile(const T* rows, const T* columns, int64_t stride, int64_t D, T* out) {
-  Vec<T> sums[kPairRows][vectors] = {};
+  Vec<T> sums[kDistanceRows][vectors] = {};
   for (int64_t d = 0; d < D; ++d, rows += stride, columns += stride) {
     Vec<T> x[vectors];
     for (int v = 0; v < vectors; ++v) x[v] = load(columns + v * kLanes<T>);
 #pragma GCC unroll 4
-    for (int k = 0; k < kPairRows; ++k) {
+    for (int k = 0; k < kDistanceRows; ++k) {
       const Vec<T> row = broadcast(rows[k]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
@@ -22,7 +24,7 @@ static inline void mmd_distance_tile(const T* rows, const T* columns, int64_t st
     }
   }
 #pragma GCC unroll 4
-  for (int k = 0; k < kPairRows; ++k)
+  for (int k = 0; k < kDistanceRows; ++k)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) store(out + k * kPairColumns + v * kLanes<T>, sums[k][v]);
 }
@@ -86,12 +88,12 @@ static void mmd_gradient_tile(const T* rows, T* drows, const T* columns, T* dcol
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
       Vec<T> sum[kPairRows] = {}, row[kPairRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < kPairRows; ++k) row[k] = broadcast(rows[k]);
       for (int64_t i = r * kLanes<T>; i < n; i += kLine<T>) {
         const Vec<T> x = load(columns + i);
         Vec<T> dx = load(dcolumns + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int k = 0; k < kPairRows; ++k) {
           const Vec<T> delta = x - row[k], weight = load(w + k * kPairColumns + i);
           dx += weight * delta;
@@ -99,7 +101,7 @@ static void mmd_gradient_tile(const T* rows, T* drows, const T* columns, T* dcol
         }
         store(dcolumns + i, dx);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < kPairRows; ++k) sums[k][r] = sum[k];
     }
     for (int k = 0; k < kPairRows; ++k) drows[k] -= sum_lanes<T>(sums[k]);
@@ -111,11 +113,15 @@ template <class T, bool gradient>
 static double mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int64_t end, T* values, T* slopes) {
   constexpr int64_t wide = kPairVectors * kLanes<T>;
   const int64_t n = (end - begin + kLine<T> - 1) / kLine<T> * kLine<T>;
-  int64_t j = 0;
-  for (; j + wide <= n; j += wide)
-    mmd_distance_tile<T, kPairVectors>(p.xt + i, p.xt + begin + j, p.stride, p.D, values + j);
-  for (; j < n; j += kLanes<T>) mmd_distance_tile<T, 1>(p.xt + i, p.xt + begin + j, p.stride, p.D, values + j);
+  for (int64_t k = 0; k < kPairRows; k += kDistanceRows) {
+    int64_t j = 0;
+    for (; j + wide <= n; j += wide)
+      mmd_distance_tile<T, kPairVectors>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPairColumns + j);
+    for (; j < n; j += kLanes<T>)
+      mmd_distance_tile<T, 1>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPairColumns + j);
+  }
   const T scale = T(-2 * p.pair_weight);
+  double sum = 0;
   for (int64_t k = 0; k < kPairRows; ++k) {
     T *const value = values + k * kPairColumns, *const slope = slopes + k * kPairColumns;
     if (p.imq_count) mmd_imq<T, gradient>(p.imq, p.imq_count, scale, value, slope, n);
@@ -125,10 +131,11 @@ static double mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, i
       std::fill(row, row + skipped, T(0));
       std::fill(row + (end - begin), row + n, T(0));
     }
+    sum += mmd_sum(value, n);
   }
   if (gradient)
     mmd_gradient_tile(p.xt + i, p.dxt + i, p.xt + begin, p.dxt + begin, slopes, p.stride, p.D, n);
-  return mmd_sum(values, kPairColumns, kPairRows, n);
+  return sum;
 }
 
 template <class T>
@@ -161,7 +168,7 @@ static double mmd_points_cross(const NormalMmd<T>& p, int64_t first, int64_t las
     }
     mmd_gaussian<T, true>(p.cross, T(-2 * p.cross_weight), values, slopes, padded);
     std::fill(values + n, values + padded, T(0));
-    sum += mmd_sum(values, 0, 1, padded);
+    sum += mmd_sum(values, padded);
     for (int64_t d = 0; p.dxt && d < p.D; ++d) {
       const T* x = p.xt + d * p.stride + i;
       T* dx = p.dxt + d * p.stride + i;

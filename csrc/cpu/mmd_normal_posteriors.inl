@@ -4,7 +4,7 @@
 
 constexpr int64_t kPosteriorColumns = 128;
 constexpr int kNodeBlock = LATENT_VECTOR_BYTES == 64 ? 8 : 4;  // numerators and denominators fill half the registers
-// Variances above, in units of D σ², are as good as infinite: no product of two overflows.
+// Variances above are as good as infinite: no product of two overflows.
 template <class T>
 constexpr T kLargestVariance = T(1e18);
 
@@ -12,7 +12,7 @@ template <class T>
 static void mmd_pack_variances(const NormalMmd<T>& p, int64_t panel, int64_t padded) {
   const int64_t first = panel * p.panel, n = std::min(p.panel, p.N - first);
   mmd_pack(p.log_var, p.log_var_strides, first, n, padded, p.D, T(1), p.vt, p.stride);
-  const T scale = T(1 / (p.prior_std * p.prior_std * double(p.D)));
+  const T scale = p.unit * p.unit;
   T largest = 0;
   for (int64_t d = 0; d < p.D; ++d) {
     T* v = p.vt + d * p.stride + first;
@@ -143,17 +143,19 @@ static double mmd_posteriors_row(const NormalMmd<T>& p, MmdRow<T> row, T largest
         mmd_expectations(sum, node, chunk, row, p.xt + begin + j, p.vt + begin + j, p.stride, p.D, e + j);
   }
   const int64_t skipped = std::clamp<int64_t>(drow - begin, 0, n), self = drow - begin;
+  double total = 0;
   for (int64_t q = 0; q < sum.count; ++q) {
     T* const values = e + q * kPosteriorColumns;
     if (self >= 0 && self < n) values[self] = p.self_weight > 0 ? values[self] * T(p.self_weight) : T(0);
     std::fill(values, values + skipped, T(0));
     std::fill(values + (end - begin), values + n, T(0));
+    total += mmd_sum(values, n);
   }
   if (p.dxt) {
     const auto gradient = in_range ? mmd_posteriors_gradient<T, true> : mmd_posteriors_gradient<T, false>;
     gradient(sum, T(weight), row, p, begin, n, e, drow);
   }
-  return weight * mmd_sum(e, kPosteriorColumns, sum.count, n);
+  return weight * total;
 }
 
 template <class T>
@@ -176,7 +178,7 @@ template <class T>
 static double mmd_posteriors_cross(const NormalMmd<T>& p, int64_t panel) {
   Arena<T> arena(Scratch::task, p.cross.count * kPosteriorColumns);
   T* const e = arena.take(p.cross.count * kPosteriorColumns);
-  const T mean = 0, variance = T(1 / double(p.D));
+  const T mean = 0, variance = p.prior_variance;
   const int64_t first = panel * p.panel, last = std::min(p.N, first + p.panel), size = std::min(p.panel, p.stride - first);
   for (int64_t d = 0; p.dxt && d < p.D; ++d)
     for (T* gradient : {p.dxt, p.dvt}) std::fill_n(gradient + d * p.stride + first, size, T(0));
