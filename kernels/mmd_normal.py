@@ -78,12 +78,12 @@ def mmd2_to_normal(x: Tensor, log_var: Tensor | None = None, *, kernel: str = "i
         check_floats("mmd2_to_normal", log_var=log_var, x=x)
     _check_options(kernel, scales, estimator, combine, prior_std, tolerance)
     _check_shapes(x, log_var, estimator)
-    widths, exact = tuple(2.0 * float(s) for s in scales), []
+    widths, exact = tuple(2.0 * _constant(s) for s in scales), []
     if kernel == "gaussian":
         rates, weights = [1 / C for C in widths], [1.0] * len(widths)
     else:
         reach = POINTS_REACH if log_var is None else POSTERIORS_REACH
-        rates, weights = inverse_multiquadric(widths, reach, tolerance)
+        rates, weights = inverse_multiquadric(widths, reach, _constant(tolerance))
         exact = list(widths) if log_var is None else []
 
     options = (rates, weights, exact, float(prior_std), estimator == "biased")
@@ -100,6 +100,11 @@ def mmd2_to_normal(x: Tensor, log_var: Tensor | None = None, *, kernel: str = "i
 def _reference(x, log_var, *options):
     dtype = x.dtype if log_var is None else log_var.dtype
     return reference.mmd2_to_normal(x.float() if dtype in HALF else x.to(dtype), log_var, *options)
+
+
+def _constant(number: float) -> float:
+    """`number`, which a graph traced with dynamic=True takes as a constant: a symbol has no digits."""
+    return float.fromhex(float(number).hex())
 
 
 def _check_options(kernel: str, scales: Sequence[float], estimator: str, combine: str, prior_std: float,

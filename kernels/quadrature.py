@@ -10,7 +10,6 @@ _TAIL = 2.0  # exponents up to which the tail of the smallest rates is compresse
 
 
 @torch.compiler.assume_constant_result  # a traced graph holds the numbers
-@functools.lru_cache(maxsize=64)
 def inverse_multiquadric(widths: tuple[float, ...], reach: float, tolerance: float) -> tuple[list[float], list[float]]:
     """Rates a and weights w > 0 with Σ_q w_q exp(−a_q r²) = (1 + ε) Σ_s C_s / (C_s + r²), |ε| ≤ `tolerance` for r² ≤ `reach`.
 
@@ -19,6 +18,11 @@ def inverse_multiquadric(widths: tuple[float, ...], reach: float, tolerance: flo
     (Poisson summation). The infinitely many nodes with τ ≤ 2 / reach are then compressed into the few of a Gauss rule of
     their own measure (Golub & Welsch 1969). Beyond `reach` the sum decays faster than the kernel.
     """
+    return _inverse_multiquadric(widths, reach, tolerance)
+
+
+@functools.lru_cache(maxsize=64)
+def _inverse_multiquadric(widths: tuple[float, ...], reach: float, tolerance: float) -> tuple[list[float], list[float]]:
     step = 1.0
     while 2 * math.sqrt(2 * math.pi * 2 * math.pi / step) * math.exp(-math.pi**2 / step) > tolerance / 2:
         step *= 0.98
@@ -30,8 +34,8 @@ def inverse_multiquadric(widths: tuple[float, ...], reach: float, tolerance: flo
     keep = weights > 1e-2 * tolerance * C.size
     tail = rates <= _TAIL / reach * (1 + 1e-9)
     few_rates, few_weights = _gauss(rates[tail], weights[tail], _tail_nodes(tolerance))
-    rates, weights = (np.concatenate(p).tolist() for p in ((few_rates, rates[keep & ~tail]), (few_weights, weights[keep & ~tail])))
-    return rates, weights
+    rest = keep & ~tail
+    return [*few_rates.tolist(), *rates[rest].tolist()], [*few_weights.tolist(), *weights[rest].tolist()]
 
 
 def _tail_nodes(tolerance: float) -> int:

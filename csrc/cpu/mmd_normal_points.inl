@@ -108,9 +108,10 @@ static void mmd_gradient_tile(const T* rows, T* drows, const T* columns, T* dcol
   }
 }
 
-// The pairs i < j of kPairRows rows from i with columns [begin, end), end ≤ begin + kPairColumns; returns the sum of the kernel.
+// The pairs i < j of kPairRows rows from i with columns [begin, end), end ≤ begin + kPairColumns; adds the kernel to `sum`, a row
+// at a time, for levels differ in kPairRows.
 template <class T, bool gradient>
-static double mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int64_t end, T* values, T* slopes) {
+static void mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int64_t end, T* values, T* slopes, double& sum) {
   constexpr int64_t wide = kPairVectors * kLanes<T>;
   const int64_t n = (end - begin + kLine<T> - 1) / kLine<T> * kLine<T>;
   for (int64_t k = 0; k < kPairRows; k += kDistanceRows) {
@@ -121,7 +122,6 @@ static double mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, i
       mmd_distance_tile<T, 1>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPairColumns + j);
   }
   const T scale = T(-2 * p.pair_weight);
-  double sum = 0;
   for (int64_t k = 0; k < kPairRows; ++k) {
     T *const value = values + k * kPairColumns, *const slope = slopes + k * kPairColumns;
     if (p.imq_count) mmd_imq<T, gradient>(p.imq, p.imq_count, scale, value, slope, n);
@@ -135,7 +135,6 @@ static double mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, i
   }
   if (gradient)
     mmd_gradient_tile(p.xt + i, p.dxt + i, p.xt + begin, p.dxt + begin, slopes, p.stride, p.D, n);
-  return sum;
 }
 
 template <class T>
@@ -148,7 +147,7 @@ static double mmd_points_pairs(const NormalMmd<T>& p, int64_t panel, int64_t oth
   for (int64_t block = other * p.panel; block < last; block += kPairColumns) {
     const int64_t end = std::min(last, block + kPairColumns);
     for (int64_t i = panel * p.panel; i < std::min(last_row, end); i += kPairRows)
-      sum += tile(p, i, std::max(block, i / kLine<T> * kLine<T>), end, values, slopes);
+      tile(p, i, std::max(block, i / kLine<T> * kLine<T>), end, values, slopes, sum);
   }
   return p.pair_weight * sum;
 }
