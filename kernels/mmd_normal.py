@@ -16,6 +16,7 @@ Kernels work in units of √D σ, where rates do not depend on D, and take the g
 Backward only scales them.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -82,7 +83,7 @@ def mmd2_to_normal(x: Tensor, log_var: Tensor | None = None, *, kernel: str = "i
     if kernel == "gaussian":
         rates, weights = [1 / C for C in widths], [1.0] * len(widths)
     else:
-        reach = POINTS_REACH if log_var is None else POSTERIORS_REACH
+        reach = _constant(POINTS_REACH if log_var is None else POSTERIORS_REACH)
         rates, weights = inverse_multiquadric(widths, reach, _constant(tolerance))
         exact = list(widths) if log_var is None else []
 
@@ -103,8 +104,8 @@ def _reference(x, log_var, *options):
 
 
 def _constant(number: float) -> float:
-    """`number`, which a graph traced with dynamic=True takes as a constant: a symbol has no digits."""
-    return float.fromhex(float(number).hex())
+    """`number`, which a graph traced with dynamic=True takes as a constant: a symbol has no exponent."""
+    return math.ldexp(*math.frexp(number))
 
 
 def _check_options(kernel: str, scales: Sequence[float], estimator: str, combine: str, prior_std: float,

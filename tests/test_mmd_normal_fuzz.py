@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_mmd_normal import check
 
 from latent_engine.kernels import native
-
-from test_mmd_normal import check
 
 pytestmark = pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 
@@ -23,7 +22,8 @@ def calls(draw):
         x = x.T.contiguous().T
     log_var = spread * torch.randn(N, 2 * D, generator=g, dtype=dtype)[:, ::2]
     inputs = [x, log_var] if draw(st.booleans()) else [x]
-    return inputs, {"kernel": draw(st.sampled_from(["imq", "gaussian"])), "estimator": draw(st.sampled_from(["unbiased", "biased"])),
+    return inputs, {"kernel": draw(st.sampled_from(["imq", "gaussian"])),
+                    "estimator": draw(st.sampled_from(["unbiased", "biased"])),
                     "scales": tuple(draw(st.lists(st.sampled_from([0.01, 0.3, 1.0, 7.0, 400.0]), min_size=1, max_size=3)))}
 
 

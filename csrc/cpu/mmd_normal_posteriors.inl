@@ -4,9 +4,9 @@
 
 constexpr int64_t kPosteriorColumns = 128;
 constexpr int kNodeBlock = LATENT_VECTOR_BYTES == 64 ? 8 : 4;  // numerators and denominators fill half the registers
-// Variances above are as good as infinite, and no product of two overflows: the expectation is below 1e-9 (1e-75).
+// Variances above are as good as infinite: the expectation is below 1e-12 (1e-140).
 template <class T>
-constexpr T kLargestVariance = sizeof(T) == 4 ? T(1e18) : T(1e150);
+constexpr T kLargestVariance = sizeof(T) == 4 ? T(1e27) : T(1e290);
 
 template <class T>
 static void mmd_pack_variances(const NormalMmd<T>& p, int64_t panel, int64_t padded) {

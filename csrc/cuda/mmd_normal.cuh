@@ -17,9 +17,9 @@ constexpr int CHUNK = 32;       // dimensions in shared memory at a time
 constexpr int LD = CHUNK + 1;   // leading dimension of the tile: no bank conflicts
 constexpr int NODES = 8;        // nodes of a pass over the dimensions
 constexpr int WARPS = THREADS / 32;
-constexpr float LARGEST_VARIANCE = 1e15f;  // as good as infinite: the expectation is below 1e-7
-// den < FULL before a factor, and the factor 1 + 2a s < 2^97, as s < 2^51 and scales are over 1e-12: no product overflows.
-constexpr float FULL = 0x1p30f;
+constexpr float LARGEST_VARIANCE = 1e27f;  // as good as infinite: the expectation is below 1e-12
+// den < FULL before a factor, and the factor 1 + 2a s < 2^117, as s < 2^91 and scales are over 1e-6: no product overflows.
+constexpr float FULL = 0x1p10f;
 constexpr int SHARED_FLOATS = 2 * THREADS * LD + NODES * THREADS;
 
 struct Problem {
