@@ -2,6 +2,7 @@
 package makes of it, with gradients written out."""
 
 import numpy as np
+import torch
 
 from . import longdouble
 
@@ -50,26 +51,31 @@ def integral(x, log_var=None, kernel="imq", scales=WAE, estimator="unbiased", pr
 
 
 def _terms(delta, variances, rates, weights):
-    """Of Σ_q w_q E exp(−a_q |u|²): the value [...], ∂/∂δ and ∂/∂variances [..., D], and the magnitudes that the last sums."""
+    """Of Σ_q w_q E exp(−a_q |u|²): the value [...], ∂/∂δ and ∂/∂variances [..., D], and the magnitudes of their
+    terms, with the size of the exponent, because an error of eps·size there is one of eps·size in the term."""
     shape = delta.shape
     value, slope = np.zeros(shape[:-1], np.longdouble), np.zeros(shape, np.longdouble)
-    spread, size = slope.copy(), slope.copy()
+    spread, value_size, slope_size, spread_size = slope.copy(), value.copy(), slope.copy(), slope.copy()
     for a, w in zip(rates, weights, strict=True):
         t = variances + 1 / (2 * np.longdouble(a))
         e = w * np.exp(-0.5 * (delta**2 / t + np.log(2 * a * t)).sum(-1))
         value += e
-        e = e[..., None]
+        wide = e * (1 + 0.5 * (delta**2 / t + np.log(2 * a * t)).sum(-1))
+        value_size += wide
+        e, wide = e[..., None], wide[..., None]
         slope -= e * delta / t
         spread += 0.5 * e * (delta**2 / t**2 - 1 / t)
-        size += 0.5 * e * (delta**2 / t**2 + 1 / t)
-    return value, slope, spread, size
+        slope_size += wide * np.abs(delta) / t
+        spread_size += 0.5 * wide * (delta**2 / t**2 + 1 / t)
+    return value, slope, spread, value_size, slope_size, spread_size
 
 
 def exact(x, log_var, rates, weights, widths, estimator="unbiased") -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Value and gradients of the sum of Gaussian kernels, or of the inverse multiquadrics `widths` between points; σ = 1.
 
-    The second list holds the scales: the sums of the magnitudes of the terms.
+    The second list holds the scales: the sums of the magnitudes of the terms; exp is 0 below the smallest normal number.
     """
+    info = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
     x = longdouble(x)
     N, D = x.shape
     v = np.zeros_like(x) if log_var is None else np.exp(longdouble(log_var))
@@ -79,18 +85,20 @@ def exact(x, log_var, rates, weights, widths, estimator="unbiased") -> tuple[lis
         C = np.array(widths, np.longdouble)[:, None, None] * D
         kernel = (C / (C + squares)).sum(0)
         slope = -2 * (C / (C + squares) ** 2).sum(0)[..., None] * delta
-        spread = size = np.zeros_like(delta)
+        spread = np.zeros_like(delta)
+        sizes = kernel, np.abs(slope), spread
     else:
-        kernel, slope, spread, size = _terms(delta, v[:, None] + v, a, weights)
+        kernel, slope, spread, *sizes = _terms(delta, v[:, None] + v, a, weights)
     keep = np.ones((N, N)) if estimator == "biased" else 1 - np.eye(N)
     norm = keep.sum()
-    kernel, (slope, spread, size) = kernel * keep, (t * keep[..., None] for t in (slope, spread, size))
+    kernel, kernel_size = kernel * keep, sizes[0] * keep
+    slope, spread, slope_size, spread_size = (t * keep[..., None] for t in (slope, spread, *sizes[1:]))
     cross = _terms(x, v + 1, a, weights)
     prior = _terms(0 * x[0], 0 * x[0] + 2, a, weights)[0]
     mean, twice = cross[0].mean(), 2 / np.longdouble(N)
     outputs = [kernel.sum() / norm - 2 * mean + prior, 2 * slope.sum(1) / norm - twice * cross[1],
                v * (2 * spread.sum(1) / norm - twice * cross[2])]
-    scales = [kernel.sum() / norm + 2 * mean + prior, 2 * np.abs(slope).sum(1) / norm + twice * np.abs(cross[1]),
-              v * (2 * size.sum(1) / norm + twice * cross[3])]
+    scales = [kernel_size.sum() / norm + 2 * cross[3].mean() + prior, 2 * slope_size.sum(1) / norm + twice * cross[4],
+              v * (2 * spread_size.sum(1) / norm + twice * cross[5])]
     count = 2 if log_var is None else 3
-    return [np.asarray(o) for o in outputs[:count]], [np.asarray(s) for s in scales[:count]]
+    return [np.asarray(o) for o in outputs[:count]], [np.asarray(s) + info.tiny / info.eps for s in scales[:count]]
