@@ -60,7 +60,7 @@ def mmd2_to_normal(x: Tensor, log_var: Tensor | None = None, *, kernel: str = "i
         A scalar tensor. float64 inputs give float64; float32, and bfloat16 and float16, give float32, as does everything
         under autocast.
 
-    Differentiable, twice, in x and log_var; a frozen one costs nothing. Time O(N²·D) for points and O(N²·D·nodes) for
+    Differentiable, twice, in x and log_var; a frozen one gets no gradient. Time O(N²·D) for points and O(N²·D·nodes) for
     posteriors; extra memory of the order of the inputs. The same inputs give the same bits, at any number of threads.
 
     Raises:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not native.cpp, reason="the native library is no
 
 @st.composite
 def calls(draw):
-    N, D = draw(st.integers(2, 20)), draw(st.integers(1, 9))
+    N, D = draw(st.sampled_from([2, 3, 5, 8, 17])), draw(st.integers(1, 9))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     scale, spread = draw(st.sampled_from([1e-3, 1.0, 30.0])), draw(st.sampled_from([0.1, 3.0, 15.0]))
@@ -23,12 +23,14 @@ def calls(draw):
     log_var = spread * torch.randn(N, 2 * D, generator=g, dtype=dtype)[:, ::2]
     inputs = [x, log_var] if draw(st.booleans()) else [x]
     return inputs, {"kernel": draw(st.sampled_from(["imq", "gaussian"])),
+                    "tolerance": draw(st.sampled_from([1e-2, 1e-4])),
                     "estimator": draw(st.sampled_from(["unbiased", "biased"])),
                     "scales": tuple(draw(st.lists(st.sampled_from([0.01, 0.3, 1.0, 7.0, 400.0]), min_size=1, max_size=3)))}
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_random_calls(call):
     inputs, options = call
-    check(inputs, "cpp", **options)
+    # Each factor of Π t and each product round by eps/2, to which the root and the budget of 4 eps give D/8.
+    check(inputs, "cpp", factor=1 / 8, **options)
