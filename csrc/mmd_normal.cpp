@@ -76,8 +76,9 @@ GaussianSum<T> unsmoothed(const std::vector<double>& rates, const std::vector<do
   for (int64_t q = 0; q < count; ++q) {
     w[q] = q < nodes ? static_cast<T>(weights[q]) : T(0);
     widths[q] = static_cast<T>(0.5 / rates[std::min(q, nodes - 1)]);
-    const double bits = D * std::log2(static_cast<double>(widths[q])), whole = std::floor(bits);
-    powers[q] = static_cast<T>(whole), rests[q] = static_cast<T>((bits - whole) * 0.6931471805599453);
+    // Its absolute error is the relative one of the expectation: in double 7e-15 at D = 7 and a width of 2800, and more with D.
+    const long double bits = D * std::log2(static_cast<long double>(widths[q])), whole = std::floor(bits);
+    powers[q] = static_cast<T>(whole), rests[q] = static_cast<T>((bits - whole) * 0.69314718055994530942L);
   }
   return {count, nullptr, w, widths, powers, rests};
 }

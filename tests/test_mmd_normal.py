@@ -16,7 +16,7 @@ from oracles import assert_within_budget
 from oracles import mmd_normal as oracle
 
 # N, D: the least rows, odd sizes, several tiles, panels and node blocks
-SIZES = [(2, 1), (17, 5), (65, 3), (20, 33), (130, 1)]
+SIZES = [(2, 1), (17, 5), (20, 33), (130, 1)]
 SMALL = [(5, 3)]  # for the interpreter, in which each row is a program
 CASES = list(itertools.product(("points", "posteriors"), ("imq", "gaussian"), ("unbiased", "biased")))
 
@@ -40,14 +40,14 @@ def rows(implementation: tuple[str, str], N: int) -> int:
 
 
 def check(inputs: list[Tensor], backend: str, kernel: str = "imq", scales: tuple = WAE_SCALES,
-          estimator: str = "unbiased", tolerance: float = 1e-6, factor: float = 0.0) -> None:
+          estimator: str = "unbiased", tolerance: float = 1e-6) -> None:
     """Value and gradients are within the budget; the truth is the sum of Gaussian kernels in 80-bit arithmetic."""
     options = {"kernel": kernel, "scales": scales, "estimator": estimator, "tolerance": tolerance}
     actual = run(inputs, backend=backend, **options)
     direct = run(inputs, backend="reference", **options)
     x, log_var = (*inputs, None)[:2]
     rates, weights, widths = rule(kernel, scales, log_var is None, tolerance)
-    exact, sizes = oracle.exact(x, log_var, rates, weights, widths, estimator, factor)
+    exact, sizes = oracle.exact(x, log_var, rates, weights, widths, estimator)
     for name, a, d, e, s in zip(("value", "x", "log_var"), actual, direct, exact, sizes, strict=False):
         assert_within_budget(name, a, d, e, s)
 
@@ -77,10 +77,10 @@ def test_values_and_gradients(implementation, kind, kernel, estimator):
 
 
 @pytest.mark.parametrize(("kind", "kernel", "estimator"), CASES, ids=lambda v: v)
-@pytest.mark.parametrize("prior_std", [1.0, 0.3])
-def test_reference_is_the_integral(kind, kernel, estimator, prior_std):
+def test_reference_is_the_integral(kind, kernel, estimator):
     """Dense integration in 80 bits, to the tolerance asked for: relative to the sum of the three terms."""
-    inputs = [prior_std * t if i == 0 else t for i, t in enumerate(sample(kind, 9, 8, torch.float64))]
+    prior_std = 0.3
+    inputs = [prior_std * t if i == 0 else t for i, t in enumerate(sample(kind, 6, 8, torch.float64))]
     value, size = oracle.integral(*inputs, kernel=kernel, estimator=estimator, prior_std=prior_std)
     for tolerance in (1e-4, 1e-6, 1e-10):
         ours = mmd2_to_normal(*inputs, kernel=kernel, estimator=estimator, prior_std=prior_std, tolerance=tolerance,
@@ -185,6 +185,14 @@ def test_strided_inputs(implementation, kind, layout):
 def test_any_scales(implementation, kind, scales):
     backend, device = implementation
     check(sample(kind, rows(implementation, 20), 5, device=device), backend, scales=scales)
+
+
+@pytest.mark.parametrize("D", [1, 7, 30])
+def test_wide_kernels_keep_all_digits(implementation, D):
+    """The determinant of the variances is near that of the kernel alone, a large power."""
+    backend, device = implementation
+    for dtype in dtypes_of(backend):
+        check(sample("posteriors", 3, D, dtype, device), backend, kernel="gaussian", scales=(400.0,))
 
 
 def test_extremes_stay_finite(implementation):

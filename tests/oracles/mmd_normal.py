@@ -50,9 +50,9 @@ def integral(x, log_var=None, kernel="imq", scales=WAE, estimator="unbiased", pr
     return float(value), float(size)
 
 
-def _terms(delta, variances, rates, weights, info, factor):
+def _terms(delta, variances, rates, weights, info):
     """Of Σ_q w_q E exp(−a_q |u|²): the value [...], ∂/∂δ and ∂/∂variances [..., D], and the magnitudes of their terms, with
-    the size of the exponent, because an error of eps·size there is one of eps·size in the term, and `factor` a dimension."""
+    the size of the exponent, because an error of eps·size there is one of eps·size in the term."""
     shape = delta.shape
     value, slope = np.zeros(shape[:-1], np.longdouble), np.zeros(shape, np.longdouble)
     spread, value_size, slope_size, spread_size = slope.copy(), value.copy(), slope.copy(), slope.copy()
@@ -62,7 +62,7 @@ def _terms(delta, variances, rates, weights, info, factor):
         exponent = 0.5 * ((ratio * delta).sum(-1) + np.log((2 * a * t).prod(-1)))
         e = np.exp(-exponent)
         lost = np.minimum(e, info.tiny) / (4 * info.eps)  # exp is 0 below the smallest normal number; the budget is 4 eps
-        e, wide = w * e, w * (e * (1 + exponent + factor * shape[-1]) + lost)
+        e, wide = w * e, w * (e * (1 + exponent) + lost)
         value += e
         value_size += wide
         e, wide = e[..., None], wide[..., None]
@@ -73,11 +73,10 @@ def _terms(delta, variances, rates, weights, info, factor):
     return value, slope, spread, value_size, slope_size, spread_size
 
 
-def exact(x, log_var, rates, weights, widths, estimator="unbiased",
-          factor=0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def exact(x, log_var, rates, weights, widths, estimator="unbiased") -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Value and gradients of the sum of Gaussian kernels, or of the inverse multiquadrics `widths` between points; σ = 1.
 
-    The second list holds the scales: the sums of the magnitudes of the terms, and a subnormal number's rounding.
+    The second list holds the scales: the sums of the magnitudes of the terms.
     """
     info = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
     x = longdouble(x)
@@ -92,17 +91,17 @@ def exact(x, log_var, rates, weights, widths, estimator="unbiased",
         spread = np.zeros_like(delta)
         sizes = kernel, np.abs(slope), spread
     else:
-        kernel, slope, spread, *sizes = _terms(delta, v[:, None] + v, a, weights, info, factor)
+        kernel, slope, spread, *sizes = _terms(delta, v[:, None] + v, a, weights, info)
     keep = np.ones((N, N)) if estimator == "biased" else 1 - np.eye(N)
     norm = keep.sum()
     kernel, kernel_size = kernel * keep, sizes[0] * keep
     slope, spread, slope_size, spread_size = (t * keep[..., None] for t in (slope, spread, *sizes[1:]))
-    cross = _terms(x, v + 1, a, weights, info, factor)
-    prior = _terms(0 * x[0], 0 * x[0] + 2, a, weights, info, factor)[0]
+    cross = _terms(x, v + 1, a, weights, info)
+    prior = _terms(0 * x[0], 0 * x[0] + 2, a, weights, info)[0]
     mean, twice = cross[0].mean(), 2 / np.longdouble(N)
     outputs = [kernel.sum() / norm - 2 * mean + prior, 2 * slope.sum(1) / norm - twice * cross[1],
                v * (2 * spread.sum(1) / norm - twice * cross[2])]
     scales = [kernel_size.sum() / norm + 2 * cross[3].mean() + prior, 2 * slope_size.sum(1) / norm + twice * cross[4],
               v * (2 * spread_size.sum(1) / norm + twice * cross[5])]
     count = 2 if log_var is None else 3
-    return [np.asarray(o) for o in outputs[:count]], [np.asarray(s) + info.tiny for s in scales[:count]]
+    return [np.asarray(o) for o in outputs[:count]], [np.asarray(s) for s in scales[:count]]
