@@ -18,6 +18,7 @@ from oracles import mmd_normal as oracle
 # N, D: the least rows, odd sizes, several tiles, panels and node blocks
 SIZES = [(2, 1), (17, 5), (20, 33), (130, 1)]
 SMALL = [(5, 3)]  # for the interpreter, in which each row is a program
+FEW_NODES = 1e-2  # a tolerance that keeps the interpreter, the emulation and the oracle fast
 CASES = list(itertools.product(("points", "posteriors"), ("imq", "gaussian"), ("unbiased", "biased")))
 
 
@@ -40,7 +41,7 @@ def rows(implementation: tuple[str, str], N: int) -> int:
 
 
 def check(inputs: list[Tensor], backend: str, kernel: str = "imq", scales: tuple = WAE_SCALES,
-          estimator: str = "unbiased", tolerance: float = 1e-6) -> None:
+          estimator: str = "unbiased", tolerance: float = FEW_NODES) -> None:
     """Value and gradients are within the budget; the truth is the sum of Gaussian kernels in 80-bit arithmetic."""
     options = {"kernel": kernel, "scales": scales, "estimator": estimator, "tolerance": tolerance}
     actual = run(inputs, backend=backend, **options)
@@ -53,7 +54,7 @@ def check(inputs: list[Tensor], backend: str, kernel: str = "imq", scales: tuple
 
 
 def rule(kernel: str, scales: tuple, points: bool,
-         tolerance: float = 1e-6) -> tuple[list[float], list[float], list[float]]:
+         tolerance: float = FEW_NODES) -> tuple[list[float], list[float], list[float]]:
     widths = [2 * s for s in scales]
     if kernel == "gaussian":
         return [1 / C for C in widths], [1.0] * len(widths), []
@@ -73,7 +74,7 @@ def sizes_of(backend: str, device: str) -> list[tuple[int, int]]:
 def test_values_and_gradients(implementation, kind, kernel, estimator):
     backend, device = implementation
     for size, dtype in itertools.product(sizes_of(backend, device), dtypes_of(backend)):
-        check(sample(kind, *size, dtype, device), backend, kernel=kernel, estimator=estimator)
+        check(sample(kind, *size, dtype, device), backend, kernel=kernel, estimator=estimator, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "kernel", "estimator"), CASES, ids=lambda v: v)
@@ -213,17 +214,17 @@ def test_nan_reaches_what_depends_on_it(implementation):
     for kind, where in (("points", 0), ("posteriors", 0), ("posteriors", 1)):
         inputs = sample(kind, rows(implementation, 20), 3, device=device)
         inputs[where][3, 1] = torch.nan
-        value, *grads = run(inputs, backend=backend)
+        value, *grads = run(inputs, backend=backend, tolerance=FEW_NODES)
         assert value.isnan() and all(g[3].isnan().any() for g in grads)
 
 
 def test_only_needed_gradients(implementation):
     backend, device = implementation
     inputs = sample("posteriors", rows(implementation, 30), 5, device=device)
-    full = run(inputs, backend=backend)[1:]
+    full = run(inputs, backend=backend, tolerance=FEW_NODES)[1:]
     for i in range(2):
         leaves = [t.clone().requires_grad_(j == i) for j, t in enumerate(inputs)]
-        mmd2_to_normal(*leaves, backend=backend).backward()
+        mmd2_to_normal(*leaves, backend=backend, tolerance=FEW_NODES).backward()
         assert [t.grad is not None for t in leaves] == [j == i for j in range(2)]
         torch.testing.assert_close(leaves[i].grad, full[i])
 
