@@ -30,21 +30,21 @@ static T mmd_sum(const T* values, int64_t n) {
 #include "mmd_normal_posteriors.inl"
 
 template <class T>
-static double mmd_pairs(const NormalMmd<T>& p, int64_t panel, int64_t other) {
+static double mmd_normal_pairs(const NormalMmd<T>& p, int64_t panel, int64_t other) {
   return p.vt ? mmd_posteriors_pairs(p, panel, other) : mmd_points_pairs(p, panel, other);
 }
 
 template <class T>
-static double mmd_rows(const NormalMmd<T>& p, int64_t panel) {
+static double mmd_normal_rows(const NormalMmd<T>& p, int64_t panel) {
   const int64_t first = panel * p.panel, last = std::min(p.N, first + p.panel), n = last - first;
   const int64_t padded = std::min(p.stride, first + p.panel) - first;
   mmd_pack(p.x, p.x_strides, first, n, padded, p.D, p.unit, p.xt, p.stride);
   if (p.vt) mmd_pack_variances(p, panel, padded);
-  return (p.vt ? mmd_posteriors_cross(p, panel) : mmd_points_cross(p, first, last)) + mmd_pairs(p, panel, panel);
+  return (p.vt ? mmd_posteriors_cross(p, panel) : mmd_points_cross(p, first, last)) + mmd_normal_pairs(p, panel, panel);
 }
 
 template <class T>
-static void mmd_finish(const NormalMmd<T>& p, int64_t panel) {
+static void mmd_normal_finish(const NormalMmd<T>& p, int64_t panel) {
   const int64_t first = panel * p.panel, n = std::min(p.panel, p.N - first);
   for (int64_t d = 0; d < p.D; ++d) {
     T* dx = p.dxt + d * p.stride + first;
@@ -60,5 +60,5 @@ static void mmd_finish(const NormalMmd<T>& p, int64_t panel) {
 
 template <class T>
 static constexpr NormalMmdKernels<T> mmd_normal_kernels() {
-  return {mmd_rows<T>, mmd_pairs<T>, mmd_finish<T>};
+  return {mmd_normal_rows<T>, mmd_normal_pairs<T>, mmd_normal_finish<T>};
 }

@@ -3,12 +3,12 @@
 
 // A tile whose distances are held in memory at once. Its rows share the loads and stores of the columns' gradients, which come
 // from the L2 cache; 16 registers have no room for eight.
-constexpr int64_t kPairRows = LATENT_VECTOR_BYTES == 64 ? 8 : 4, kPairColumns = 512;
-constexpr int kDistanceRows = 4, kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kPointRows = LATENT_VECTOR_BYTES == 64 ? 8 : 4, kPointColumns = 512;
+constexpr int kDistanceRows = 4, kPointVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
 
 // Squared distances of kDistanceRows rows from `vectors` vectors of columns.
 template <class T, int vectors>
-static inline void mmd_distance_tile(const T* rows, const T* columns, int64_t stride, int64_t D, T* out) {
+static inline void mmd_points_distances(const T* rows, const T* columns, int64_t stride, int64_t D, T* out) {
   Vec<T> sums[kDistanceRows][vectors] = {};
   for (int64_t d = 0; d < D; ++d, rows += stride, columns += stride) {
     Vec<T> x[vectors];
@@ -26,13 +26,13 @@ static inline void mmd_distance_tile(const T* rows, const T* columns, int64_t st
 #pragma GCC unroll 4
   for (int k = 0; k < kDistanceRows; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(out + k * kPairColumns + v * kLanes<T>, sums[k][v]);
+    for (int v = 0; v < vectors; ++v) store(out + k * kPointColumns + v * kLanes<T>, sums[k][v]);
 }
 
 // n squared distances become kernel values, and `slopes`, if asked for, −scale times their derivatives.
 template <class T, bool slopes_too>
 static void mmd_imq(const ImqGroup<T>* groups, int64_t count, T scale, T* values, T* slopes, int64_t n) {
-  constexpr int V = kPairVectors;
+  constexpr int V = kPointVectors;
   for (int64_t i = 0; i < n; i += V * kLanes<T>) {
     Vec<T> square[V], value[V] = {}, slope[V] = {};
     for (int v = 0; v < V; ++v) square[v] = load(values + i + v * kLanes<T>);
@@ -78,52 +78,52 @@ static void mmd_gaussian(const GaussianSum<T>& sum, T scale, T* values, T* slope
   }
 }
 
-// dx_j += w_kj δ_kj and dx_k −= Σ_j w_kj δ_kj over a tile, where δ = x_j − x_k; w[kPairRows][kPairColumns].
+// dx_j += w_kj δ_kj and dx_k −= Σ_j w_kj δ_kj over a tile, where δ = x_j − x_k; w[kPointRows][kPointColumns].
 template <class T>
 static void mmd_gradient_tile(const T* rows, T* drows, const T* columns, T* dcolumns, const T* w, int64_t stride, int64_t D,
                               int64_t n) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   for (int64_t d = 0; d < D; ++d, rows += stride, drows += stride, columns += stride, dcolumns += stride) {
-    Vec<T> sums[kPairRows][registers] = {};
+    Vec<T> sums[kPointRows][registers] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
-      Vec<T> sum[kPairRows] = {}, row[kPairRows];
+      Vec<T> sum[kPointRows] = {}, row[kPointRows];
 #pragma GCC unroll 8
-      for (int k = 0; k < kPairRows; ++k) row[k] = broadcast(rows[k]);
+      for (int k = 0; k < kPointRows; ++k) row[k] = broadcast(rows[k]);
       for (int64_t i = r * kLanes<T>; i < n; i += kLine<T>) {
         const Vec<T> x = load(columns + i);
         Vec<T> dx = load(dcolumns + i);
 #pragma GCC unroll 8
-        for (int k = 0; k < kPairRows; ++k) {
-          const Vec<T> delta = x - row[k], weight = load(w + k * kPairColumns + i);
+        for (int k = 0; k < kPointRows; ++k) {
+          const Vec<T> delta = x - row[k], weight = load(w + k * kPointColumns + i);
           dx += weight * delta;
           sum[k] += weight * delta;
         }
         store(dcolumns + i, dx);
       }
 #pragma GCC unroll 8
-      for (int k = 0; k < kPairRows; ++k) sums[k][r] = sum[k];
+      for (int k = 0; k < kPointRows; ++k) sums[k][r] = sum[k];
     }
-    for (int k = 0; k < kPairRows; ++k) drows[k] -= sum_lanes<T>(sums[k]);
+    for (int k = 0; k < kPointRows; ++k) drows[k] -= sum_lanes<T>(sums[k]);
   }
 }
 
-// The pairs i < j of kPairRows rows from i with columns [begin, end), end ≤ begin + kPairColumns; adds the kernel to `sum`, a row
-// at a time, for levels differ in kPairRows.
+// The pairs i < j of kPointRows rows from i with columns [begin, end), end ≤ begin + kPointColumns; adds the kernel to `sum`, a row
+// at a time, for levels differ in kPointRows.
 template <class T, bool gradient>
 static void mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int64_t end, T* values, T* slopes, double& sum) {
-  constexpr int64_t wide = kPairVectors * kLanes<T>;
+  constexpr int64_t wide = kPointVectors * kLanes<T>;
   const int64_t n = (end - begin + kLine<T> - 1) / kLine<T> * kLine<T>;
-  for (int64_t k = 0; k < kPairRows; k += kDistanceRows) {
+  for (int64_t k = 0; k < kPointRows; k += kDistanceRows) {
     int64_t j = 0;
     for (; j + wide <= n; j += wide)
-      mmd_distance_tile<T, kPairVectors>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPairColumns + j);
+      mmd_points_distances<T, kPointVectors>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPointColumns + j);
     for (; j < n; j += kLanes<T>)
-      mmd_distance_tile<T, 1>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPairColumns + j);
+      mmd_points_distances<T, 1>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPointColumns + j);
   }
   const T scale = T(-2 * p.pair_weight);
-  for (int64_t k = 0; k < kPairRows; ++k) {
-    T *const value = values + k * kPairColumns, *const slope = slopes + k * kPairColumns;
+  for (int64_t k = 0; k < kPointRows; ++k) {
+    T *const value = values + k * kPointColumns, *const slope = slopes + k * kPointColumns;
     if (p.imq_count) mmd_imq<T, gradient>(p.imq, p.imq_count, scale, value, slope, n);
     else mmd_gaussian<T, gradient>(p.pairs, scale, value, slope, n);
     const int64_t skipped = i + k < p.N ? std::clamp<int64_t>(i + k + 1 - begin, 0, n) : n;
@@ -139,14 +139,14 @@ static void mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int
 
 template <class T>
 static double mmd_points_pairs(const NormalMmd<T>& p, int64_t panel, int64_t other) {
-  Arena<T> arena(Scratch::task, kPairRows * kPairColumns, kPairRows * kPairColumns);
-  T *const values = arena.take(kPairRows * kPairColumns), *const slopes = arena.take(kPairRows * kPairColumns);
+  Arena<T> arena(Scratch::task, kPointRows * kPointColumns, kPointRows * kPointColumns);
+  T *const values = arena.take(kPointRows * kPointColumns), *const slopes = arena.take(kPointRows * kPointColumns);
   const auto tile = p.dxt ? mmd_points_tile<T, true> : mmd_points_tile<T, false>;
   const int64_t last_row = std::min(p.N, (panel + 1) * p.panel), last = std::min(p.N, (other + 1) * p.panel);
   double sum = 0;
-  for (int64_t block = other * p.panel; block < last; block += kPairColumns) {
-    const int64_t end = std::min(last, block + kPairColumns);
-    for (int64_t i = panel * p.panel; i < std::min(last_row, end); i += kPairRows)
+  for (int64_t block = other * p.panel; block < last; block += kPointColumns) {
+    const int64_t end = std::min(last, block + kPointColumns);
+    for (int64_t i = panel * p.panel; i < std::min(last_row, end); i += kPointRows)
       tile(p, i, std::max(block, i / kLine<T> * kLine<T>), end, values, slopes, sum);
   }
   return p.pair_weight * sum;
@@ -155,11 +155,11 @@ static double mmd_points_pairs(const NormalMmd<T>& p, int64_t panel, int64_t oth
 // Rows [first, last) against the prior: Σ_q w_q exp(−a_q |x|²) with the prior's smoothing in w and a.
 template <class T>
 static double mmd_points_cross(const NormalMmd<T>& p, int64_t first, int64_t last) {
-  Arena<T> arena(Scratch::task, kPairColumns, kPairColumns);
-  T *const values = arena.take(kPairColumns), *const slopes = arena.take(kPairColumns);
+  Arena<T> arena(Scratch::task, kPointColumns, kPointColumns);
+  T *const values = arena.take(kPointColumns), *const slopes = arena.take(kPointColumns);
   double sum = 0;
-  for (int64_t i = first; i < last; i += kPairColumns) {
-    const int64_t n = std::min(kPairColumns, last - i), padded = (n + kLine<T> - 1) / kLine<T> * kLine<T>;
+  for (int64_t i = first; i < last; i += kPointColumns) {
+    const int64_t n = std::min(kPointColumns, last - i), padded = (n + kLine<T> - 1) / kLine<T> * kLine<T>;
     std::fill_n(values, padded, T(0));
     for (int64_t d = 0; d < p.D; ++d) {
       const T* x = p.xt + d * p.stride + i;
