@@ -28,7 +28,7 @@ def calls(draw):
                     "scales": tuple(draw(st.lists(st.sampled_from([0.01, 0.3, 1.0, 7.0, 400.0]), min_size=1, max_size=3)))}
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_random_calls(call):
     inputs, options = call

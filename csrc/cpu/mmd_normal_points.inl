@@ -108,8 +108,8 @@ static void mmd_gradient_tile(const T* rows, T* drows, const T* columns, T* dcol
   }
 }
 
-// The pairs i < j of kPointRows rows from i with columns [begin, end), end ≤ begin + kPointColumns; adds the kernel to `sum`, a row
-// at a time, for levels differ in kPointRows.
+// The pairs i < j of kPointRows rows from i with columns [begin, end), end ≤ begin + kPointColumns; adds the kernel to `sum`, a
+// row at a time, for levels differ in kPointRows.
 template <class T, bool gradient>
 static void mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int64_t end, T* values, T* slopes, double& sum) {
   constexpr int64_t wide = kPointVectors * kLanes<T>;
