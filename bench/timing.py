@@ -69,7 +69,7 @@ def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int 
 
 
 def _summary(values: list[float]) -> Timing:
-    fifths = statistics.quantiles(values, n=5)
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Timing(statistics.median(values), fifths[0], fifths[3])
 
 

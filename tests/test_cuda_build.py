@@ -30,7 +30,8 @@ def undefined_symbols():
 def test_library_registers_every_primitive_in_a_fresh_process():
     program = ("import torch; from latent_engine.kernels import native; assert native._cuda_missing is None, "
                "native._cuda_missing; names = [s.name for s in torch._C._jit_get_all_schemas() "
-               "if s.name.startswith('latent_engine::') and '::triton_' not in s.name]; assert 'latent_engine::gmm_fwd' in names; "
+               "if s.name.startswith('latent_engine::') and '::triton_' not in s.name]; "
+               "assert 'latent_engine::gmm_fwd' in names; "
                "print([n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA')])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

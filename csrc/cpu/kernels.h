@@ -25,10 +25,10 @@ struct Kernels {
   GmmKernels<T> gmm;
   PairwiseKlKernels<T> pairwise_kl;
   MmdKernels<T> mmd;
+  NormalMmdKernels<T> mmd_normal;
   ImportanceKernels<T> importance;
   LikelihoodKernels<T> likelihood[kLikelihoods];
   LogisticMixtureKernels<T> logistic_mixture;
-  NormalMmdKernels<T> mmd_normal;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

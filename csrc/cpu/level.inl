@@ -21,11 +21,11 @@ static constexpr Kernels<T> level_kernels() {
           gmm_kernels<T>(),
           pairwise_kl_kernels<T>(),
           mmd_kernels<T>(),
+          mmd_normal_kernels<T>(),
           importance_kernels<T>(),
           {likelihood_kernels<Bernoulli, T>(), likelihood_kernels<Gaussian, T>(),
            likelihood_kernels<DiscretizedLogistic, T>(), likelihood_kernels<NegativeBinomial, T>()},
-          logistic_mixture_kernels<T>(),
-          mmd_normal_kernels<T>()};
+          logistic_mixture_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();
