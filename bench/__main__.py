@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
             for backward in suite.directions:
                 results.append(run_case(suite, case, backward, options.device, ceilings, not options.no_compile))
                 print_result(results[-1])
+                if options.json:  # as far as it is: an interrupt costs one case
+                    write_json(options.json, options.device, ceilings, results, None)
     epoch = None
     if "dgd" in wanted:
         from .dgd import run_epoch
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_summary(results)
     if options.json:
         write_json(options.json, options.device, ceilings, results, epoch)
+        print(f"written: {options.json}")
     if options.plot:
         write_plot(options.plot, results)
     return 0

@@ -96,7 +96,6 @@ def write_json(path: str, device: str, ceilings: Ceilings, results: list[Result]
     content = {"machine": machine(device), "ceilings": asdict(ceilings), "results": [r.as_json() for r in results],
                "dgd_epoch": epoch and {name: asdict(t) for name, t in epoch.items()}}
     Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    print(f"written: {path}")
 
 
 def write_plot(path: str, results: list[Result]) -> None:

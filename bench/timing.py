@@ -46,14 +46,15 @@ def _clock(call: Callable[[], object], repeats: int, device: str) -> float:
 def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 9) -> dict[str, Timing]:
     """Times all calls in turns, so that a disturbance of the machine hits all of them.
 
-    What takes over a second, or over ten times the fastest, gets 3 rounds. Before each sample the call runs untimed: what
-    the others left in caches, allocator and thread pools is not part of it.
+    Every call must have run before. What takes over a second, or over ten times the fastest, gets 3 rounds. Before each
+    sample a call shorter than the warm-up runs untimed: what the others left in caches, allocator and thread pools is not
+    part of it.
     """
     once, samples = {}, {name: [] for name in calls}
     for name, call in calls.items():
-        for _ in range(2):
-            call()
-        once[name] = min(_clock(call, 1, device) for _ in range(2))
+        once[name] = _clock(call, 1, device)
+        if once[name] < WARM_UP:
+            once[name] = min(_clock(call, 1, device) for _ in range(2))
     repeats = {name: max(1, round(SAMPLE / max(t, 1e-7))) for name, t in once.items()}
     few = {name for name, t in once.items() if t > min(1.0, 10 * min(once.values()))}
     for turn in range(rounds):
@@ -61,8 +62,7 @@ def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int 
             if name in few and turn >= 3:
                 continue
             begin = time.perf_counter()
-            call()
-            while time.perf_counter() - begin < WARM_UP:
+            while once[name] < WARM_UP and time.perf_counter() - begin < WARM_UP:
                 call()
             samples[name].append(_clock(call, repeats[name], device))
     return {name: _summary(values) for name, values in samples.items()}
