@@ -25,10 +25,10 @@ from torch import Tensor
 from .backends import Op, Support, register
 from .checks import HALF, check_floats, check_shape, working_precision
 from .library import Differentiable, Primitive, reference_gradients
+from .mmd import WAE_SCALES
 from .quadrature import inverse_multiquadric
 from .reference import mmd_normal as reference
 
-WAE_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # Squared distances, in units of D σ², up to which the inverse multiquadric keeps its tolerance. Far points cost the cross
 # term of points nothing; for posteriors every factor of ten costs four more nodes in all pairs.
 POINTS_REACH, POSTERIORS_REACH = 1e6, 1e3
