@@ -12,7 +12,7 @@ from torch import nn
 
 from latent_engine import AE, VAE, AEConfig, Batch, Data, TrainConfig, VAEConfig, fit, load_data
 from latent_engine.bounds import Posterior, reparametrize
-from latent_engine.likelihoods import LearnedGaussian, OptimalGaussian
+from latent_engine.likelihoods import DecodedGaussian, LearnedGaussian, OptimalGaussian
 from latent_engine.networks import conv_decoder, conv_encoder, dgd_cifar_decoder, dgd_cifar_encoder, set_output_bias
 from latent_engine.priors import HierarchicalPrior
 
@@ -169,6 +169,22 @@ def test_handicapped_heads_are_the_exponentials_of_a_sigmoid_and_never_negative(
     torch.testing.assert_close((0.5 * log_var).exp(), raw[:, 4:].sigmoid())
 
 
+def test_a_decoder_may_give_the_variance_of_each_pixel():
+    likelihood, rng = DecodedGaussian(sigmoid=True), np.random.default_rng(0)
+    output, x = torch.from_numpy(rng.normal(size=(3, 4, 2, 3, 5))), torch.from_numpy(rng.random((4, 1, 3, 5)))
+    raw = output.numpy()
+    pixels = NORMAL(1 / (1 + np.exp(-raw[:, :, :1])), np.exp(0.5 * raw[:, :, 1:]))
+    np.testing.assert_allclose(likelihood.log_prob(output, x), pixels.logpdf(x).sum((2, 3, 4)))
+    np.testing.assert_allclose(likelihood.mean(output), pixels.mean())
+    draws = likelihood.sample(output.expand(5000, *output.shape), torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(draws.std(0), pixels.std(), rtol=0.06)
+    # By quadrature: the integral of a power of the density of one row.
+    grid = np.linspace(-40, 40, 100_001)
+    integrals = [np.trapezoid(NORMAL(0, s).pdf(grid) ** 1.3, grid) for s in pixels.std()[2, 1].ravel()]
+    found = likelihood.log_power_integral(output, 1.3, 3)
+    assert found.shape == (3, 4) and found[2, 1].item() == pytest.approx(np.log(integrals).sum())
+
+
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_the_robust_loss_is_a_beta_divergence(likelihood):
     """(1 + β)/β (p^β − 1) − ∫ p^(1 + β) of all pixels together; the sum over images of two values, by brute force."""
@@ -255,7 +271,8 @@ def test_a_fixed_gaussian_has_no_child_that_steps():
 
 @pytest.mark.parametrize("settings", [
     {}, {"network": "conv"}, {"likelihood": "gaussian"}, {"likelihood": "gaussian", "mean_activation": "sigmoid"},
-], ids=["mlp", "conv", "gaussian", "sigmoid"])
+    {"likelihood": "gaussian", "gamma": "decoded"},
+], ids=["mlp", "conv", "gaussian", "sigmoid", "decoded"])
 def test_a_decoder_starts_from_the_mean_of_the_data(settings):
     data = load_data("mnist5k").pixels(binarize=True)
     system = VAE.for_data(VAEConfig(**settings), data)

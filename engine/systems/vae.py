@@ -33,7 +33,14 @@ from .. import bounds, networks
 from ..bounds import Posterior
 from ..data import Data
 from ..kernels import importance_log_weights
-from ..likelihoods import Bernoulli, Gaussian, LearnedGaussian, OptimalGaussian, check_unit_interval
+from ..likelihoods import (
+    Bernoulli,
+    DecodedGaussian,
+    Gaussian,
+    LearnedGaussian,
+    OptimalGaussian,
+    check_unit_interval,
+)
 from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
 from ..system import Batch, OptimizerConfig, System, check_choices
 
@@ -71,12 +78,13 @@ class AEConfig:
     latent_dim: int = 50
     network: Literal["mlp", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3 of its paper, for 32×32
     hidden: tuple[int, ...] = (200, 200)  # layers of mlp; the decoder has them in reverse
-    activation: Literal["tanh", "relu"] = "tanh"  # of mlp
+    activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of mlp
     capacity: int = 32  # channels that those of the other networks are multiples of
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # of a pixel
     mean_activation: Literal["identity", "sigmoid"] = "identity"  # of the Gaussian's mean
-    gamma: Literal["learned", "learned_std", "optimal", "fixed"] = "learned"  # Gaussian: variance, or by log of its root
-    variance: float = 1.0  # of the Gaussian: fixed, or where γ starts
+    # Variance of the Gaussian: learned, through its logarithm or that of its root, or the decoder's for each pixel.
+    gamma: Literal["learned", "learned_std", "optimal", "fixed", "decoded"] = "learned"
+    variance: float = 1.0  # its value if fixed, else where it starts
     optim: AEOptim = field(default_factory=AEOptim)
 
     def __post_init__(self) -> None:
@@ -137,7 +145,7 @@ class AE(System):
     """An autoencoder of observations of `shape` (C, H, W).
 
     `encoder` maps `[N, C, H, W]` to `[N, latent_dim]`, `decoder` maps `[N, latent_dim]` to logits or means
-    `[N, C, H, W]`; left out, they are those of `config.network`.
+    `[N, C, H, W]`, with gamma="decoded" to `[N, 2C, H, W]`; left out, they are those of `config.network`.
     Children: `encoder`, `decoder`, `likelihood` where its variance is not fixed.
     """
 
@@ -162,6 +170,8 @@ class AE(System):
         mean = data.x.mean(0)
         if config.likelihood == "bernoulli" or config.mean_activation == "sigmoid":
             mean = mean.clamp(1e-3, 1 - 1e-3).logit()
+        if _is_decoded(config):
+            mean = torch.cat([mean, torch.full_like(mean, math.log(config.variance))])
         networks.set_output_bias(system.decoder, mean)
         return system
 
@@ -327,25 +337,34 @@ def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Modul
 
 
 def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
+    if _is_decoded(config):
+        shape = (2 * shape[0], *shape[1:])
     if config.network == "mlp":
         decoder = networks.mlp_decoder(config.latent_dim, shape, config.hidden[::-1], config.activation)
     elif config.network == "conv":
         decoder = networks.conv_decoder(config.latent_dim, shape, config.capacity)
     else:
         decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
-    squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid"
+    squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid" and not _is_decoded(config)
     return nn.Sequential(decoder, nn.Sigmoid()) if squash else decoder
+
+
+def _is_decoded(config: AEConfig) -> bool:
+    """Whether the decoder gives variances too."""
+    return config.likelihood == "gaussian" and config.gamma == "decoded"
 
 
 def _depth(config: AEConfig) -> str:
     return config.network.partition("-")[2] or "standard"
 
 
-def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | LearnedGaussian | OptimalGaussian:
+def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | DecodedGaussian | LearnedGaussian | OptimalGaussian:
     if config.likelihood == "bernoulli":
         return Bernoulli()
     if config.gamma == "fixed":
         return Gaussian(math.sqrt(config.variance))
+    if config.gamma == "decoded":
+        return DecodedGaussian(sigmoid=config.mean_activation == "sigmoid")
     if config.gamma == "optimal":
         return OptimalGaussian(config.variance)
     return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
