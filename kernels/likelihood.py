@@ -136,11 +136,13 @@ def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, m
         mask: as in `bernoulli_log_prob`; a value of `shape` without any entry is NaN.
 
     Returns a variance, γ where the papers write Σ = γ I (Dai & Wipf 2019); the γ of their published code is its root, a
-    standard deviation. Plain PyTorch on any device, differentiable, O(S·N·P) memory.
+    standard deviation. Of the dtype that `gaussian_log_prob` would give. Plain PyTorch on any device, differentiable,
+    O(S·N·P) memory.
 
     >>> gaussian_variance(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.zeros(2, 2), (2,))
     tensor([0., 5.])
     """
+    mean, x = working_precision("gaussian_variance", "mean", mean, x)
     check_floats("gaussian_variance", x=x, mean=mean)
     if mask is not None:
         _check_mask("gaussian_variance", mask, x)
