@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, working_precision
+from .checks import HALF, check_floats, is_positive, working_precision
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import mmd as reference
 
@@ -111,15 +111,11 @@ def _kernel_options(op: str, D: int, kernel: str, scales: Sequence[float] | None
         return kernel, [], 1.0
     if scales is None:
         scales = RATIONAL_SCALES if kernel == "rational_quadratic" else WAE_SCALES
-    elif not isinstance(scales, Sequence) or len(scales) == 0 or not all(_is_positive(s) for s in scales):
+    elif not isinstance(scales, Sequence) or len(scales) == 0 or not all(is_positive(s) for s in scales):
         raise ValueError(f"{op}: scales must be a list of one or more positive numbers, given {scales!r}.")
-    if unit is not None and not _is_positive(unit):
+    if unit is not None and not is_positive(unit):
         raise ValueError(f"{op}: unit must be a positive number, given {unit!r}; a tensor's value is unit.item().")
     return kernel, [float(s) for s in scales], 2.0 * D if unit is None else float(unit)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def _check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
