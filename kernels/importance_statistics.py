@@ -44,7 +44,13 @@ def effective_sample_size(log_w: Tensor, *, backend: str | None = None) -> Tenso
 
     Not differentiable. O(S·N).
     """
-    return ImportanceAccumulator(backend=backend).add(log_w).effective_sample_size()
+    log_w = check_log_weights("effective_sample_size", log_w)
+    S, shape = log_w.shape[0], log_w.shape[1:]
+    if S == 0:
+        raise ValueError("effective_sample_size: needs at least one sample, given S = 0.")
+    flat = log_w.detach().reshape(S, shape.numel())
+    _, total, squares, _ = _add_moments(flat, _no_moments(flat), backend)
+    return (total.square() / squares).reshape(shape)
 
 
 def pareto_k(log_w: Tensor) -> Tensor:
@@ -97,16 +103,10 @@ class ImportanceAccumulator:
                              f"{self._state.device}; move it there.")
         self._check_count(self.samples + S)
         flat = log_w.detach().reshape(S, shape.numel())
-        name = OP.choose(flat, self._backend)
-        if self._state is None:
+        self._state = _add_moments(flat, _no_moments(flat) if self._state is None else self._state, self._backend)
+        if self._tail is None:
             self._shape, self._tail = shape, flat.new_empty(0, shape.numel())
-            self._state = log_w.new_zeros(4, shape.numel(), dtype=torch.float64)
-            self._state[0] = -torch.inf
         self.samples += S
-        if name == "reference":
-            self._state = reference.merge_moments(self._state, reference.moments(flat))
-        elif S:
-            self._state = MOMENTS(name, flat, self._state)
         self._keep_tail(flat)
         return self
 
@@ -207,6 +207,21 @@ class ImportanceAccumulator:
         if self.max_samples is not None:
             candidates = torch.cat((self._tail, log_w))
             self._tail = candidates.topk(min(len(candidates), _tail_size(self.max_samples) + 1), dim=0).values
+
+
+def _no_moments(log_w: Tensor) -> Tensor:
+    """The moments [4, N] of no samples of log_w[S, N]."""
+    state = log_w.new_zeros(4, log_w.shape[1], dtype=torch.float64)
+    state[0] = -torch.inf
+    return state
+
+
+def _add_moments(log_w: Tensor, state: Tensor, backend: str | None) -> Tensor:
+    """The moments [4, N] of `state` and of log_w[S, N] together."""
+    name = OP.choose(log_w, backend)
+    if name == "reference":
+        return reference.merge_moments(state, reference.moments(log_w))
+    return MOMENTS(name, log_w, state) if len(log_w) else state
 
 
 def _tail_size(samples: int) -> int:

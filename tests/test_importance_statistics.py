@@ -174,6 +174,15 @@ def test_mistakes_get_one_clear_error():
     assert (samples.log_likelihood() == 0).all()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_effective_sample_size_compiles_to_one_graph(dynamic):
+    compiled = torch.compile(effective_sample_size, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for S in (30, 41):
+        torch.testing.assert_close(compiled(draws(S, 3)), effective_sample_size(draws(S, 3)))
+    with pytest.raises(ValueError, match="effective_sample_size: needs at least one sample, given S = 0"):
+        effective_sample_size(torch.zeros(0, 3))
+
+
 def test_refused_samples_leave_an_empty_accumulator_empty():
     samples = ImportanceAccumulator(max_samples=3)
     with pytest.raises(ValueError, match="5 samples are more than max_samples = 3"):
