@@ -47,7 +47,8 @@ def mmd2(x: Tensor, y: Tensor, *, kernel: str = "imq", scales: Sequence[float] |
         unit: the squared distance that is scale 1. Left out, 2·D: the mean squared distance of two points of N(0, I), and
             WAE's choice. For a prior of standard deviation σ pass 2·D·σ²; for a Gaussian kernel of bandwidth b in the form
             exp(−r²/(2b²)) pass 2·b² and scales=[1], with b from `median_heuristic` for instance.
-        estimator: "unbiased" leaves out the pairs i = j and can be negative; "biased" keeps them and cannot.
+        estimator: "unbiased" leaves out the pairs i = j and can be negative; "biased" keeps them and cannot, but by
+            rounding.
         combine: "sum" over the scales (WAE's convention) or their "mean".
         backend: "cpp", "cuda", "triton" or "reference" instead of the automatic choice.
 
