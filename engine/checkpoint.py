@@ -138,7 +138,7 @@ def read_description(folder: str | os.PathLike[str]) -> dict:
 
 
 def load_weights(folder: str | os.PathLike[str], system: nn.Module) -> None:
-    """Reads the weights of a saved system, or those of a run directory that `weights_note` describes, into `system`."""
+    """Reads the weights of a saved system, or of the `chosen_step` of a run directory, into `system`."""
     folder = Path(folder)
     path = (chosen_step(folder) if "train" in read_description(folder) else folder) / "model.safetensors"
     load_state(system, read_tensors(path), path)

@@ -39,7 +39,7 @@ class Train(Generic[_Config]):
     data: str = "mnist5k"
     """Name or path of the training data."""
     binarize: Binarization = "threshold"
-    """Pixels as zeros and ones: those above 0.5; drawn once; drawn anew at each step; not at all."""
+    """Pixels as they are; 1 above 0.5, else 0; zeros and ones drawn once, or anew at each step."""
     run: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the first free runs/PRESET-NUMBER)")] = None
     """Run directory."""
     resume: bool = False

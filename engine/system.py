@@ -113,7 +113,9 @@ class System(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], **modules: nn.Module) -> Self:
-        """A system from what `save` wrote, or from a run directory. Modules that were given by hand are given again.
+        """A system from what `save` wrote, or from a run directory: its best step on validation, else its latest.
+
+        Modules that were given by hand are given again.
 
         Raises:
             CheckpointError: a file is missing, damaged, or of another system.

@@ -281,6 +281,12 @@ def test_a_run_killed_at_any_write_ends_with_the_same_bits(tmp_path, monkeypatch
         assert moves[1] > 6
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"epoch 1 is not finite .*'validation/total': inf"):
+        fit(Centers(), TRAIN, validation=Data(torch.full((2, 1, 1, 6), 1e30)), run_dir=tmp_path, progress=False)
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_000000"]
+
+
 @pytest.mark.parametrize("damage", ["remove", "truncate"])
 def test_damaged_best_weights_are_named_and_nothing_is_touched(tmp_path, damage):
     fit(Centers(SLOW), TRAIN, STOPPING, validation=VALIDATE, run_dir=tmp_path, progress=False)
