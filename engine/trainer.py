@@ -62,8 +62,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < high:
                 raise ValueError(f"{name} must lie between 0 and {high}, given {value}.")
-        if self.lr_stage_epochs is None and (self.lr_decay, self.lr_stage_growth) != (1, 1):
-            raise ValueError("lr_decay and lr_stage_growth need lr_stage_epochs, the length of the first stage.")
+        if (self.lr_stage_epochs is None) != (self.lr_decay == 1) or (self.lr_stage_growth > 1 and self.lr_decay == 1):
+            raise ValueError("Stages of the learning rates need both lr_stage_epochs, the length of the first, and an "
+                             f"lr_decay other than 1; given {self.lr_stage_epochs} and {self.lr_decay}.")
         if not (0 <= self.validation < 1 or self.validation % 1 == 0 < self.validation):
             raise ValueError(f"validation must be a fraction below 1 or a number of rows, given {self.validation}.")
 

@@ -333,7 +333,8 @@ def test_dynamic_rows_are_validated_on_one_draw():
 @pytest.mark.parametrize(("settings", "words"), [
     ({"clip_norm": 0.0}, "clip_norm must lie between 0 and inf, given 0.0"), ({"clip_norm": float("nan")}, "clip_norm"),
     ({"ema_decay": 1.0}, "ema_decay must lie between 0 and 1, given 1.0"), ({"lr_decay": -0.1}, "lr_decay must lie"),
-    ({"lr_decay": 0.1}, "lr_decay and lr_stage_growth need lr_stage_epochs"), ({"lr_stage_growth": 2}, "lr_stage_epochs"),
+    ({"lr_decay": 0.1}, r"need both lr_stage_epochs, .* and an lr_decay other than 1; given None and 0\.1"),
+    ({"lr_stage_epochs": 30}, r"given 30 and 1\.0"), ({"lr_stage_growth": 2}, "need both lr_stage_epochs"),
     ({"lr_stage_epochs": 0}, "lr_stage_epochs must be at least 1, given 0"),
     ({"lr_stage_epochs": 2, "lr_stage_growth": 0}, "lr_stage_growth must be at least 1"),
     ({"patience": 0}, "patience must be at least 1, given 0"), ({"validation": -0.1}, "fraction below 1 or a number"),
