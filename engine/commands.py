@@ -18,9 +18,9 @@ import tyro
 from torch import Tensor
 
 from . import report
-from .checkpoint import CheckpointError, read_description, write_file
+from .checkpoint import CheckpointError, read_description, weights_note, write_file
 from .cli import Evaluate, Explore, Represent, Sample, did_you_mean, fail
-from .data import NAMES, SPLITS, Data, DataError, load
+from .data import NAMES, SPLITS, Binarization, Data, DataError, load
 from .figures import image_grid, write_png
 from .logs import JsonLines
 from .systems import PRESETS, load_system
@@ -38,8 +38,8 @@ class Train(Generic[_Config]):
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     data: str = "mnist5k"
     """Name or path of the training data."""
-    binarize: bool = True
-    """Threshold the pixels at 0.5."""
+    binarize: Binarization = "threshold"
+    """Pixels as they are; 1 above 0.5, else 0; zeros and ones drawn once, or anew at each step."""
     run: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the first free runs/PRESET-NUMBER)")] = None
     """Run directory."""
     resume: bool = False
@@ -209,14 +209,17 @@ def _trained(run: Path) -> DGD:
     if not (run / "config.json").exists():
         raise CheckpointError(f"No trained system in {run}: it has no config.json. "
                               "Give a run directory, or a folder that System.save wrote.")
-    return load_system(run)
+    system, note = load_system(run), weights_note(run)
+    if note:
+        print(f"Weights: {note}", file=sys.stderr)
+    return system
 
 
 def _load(run: Path, given: str | None, split: str) -> Data:
-    """Data by the name `given`, or that of the training data of `run`, thresholded or not as they were."""
-    kept = read_description(run).get("data", {"name": "mnist5k", "binarized": True})
+    """Data by the name `given`, or that of the training data of `run`, binarised as they were; dynamically is by one draw."""
+    kept = read_description(run).get("data", {"name": "mnist5k", "binarized": "threshold"})
     try:
-        return load(given or kept["name"], split).pixels(kept["binarized"])
+        return load(given or kept["name"], split).pixels(kept["binarized"]).fixed()
     except DataError as error:
         if given is not None:
             raise
