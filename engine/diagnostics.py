@@ -152,14 +152,6 @@ def active_dimensions(mean: Tensor, threshold: float = ACTIVE_VARIANCE) -> Tenso
     return mean.double().var(0) > threshold
 
 
-def active_directions(mean: Tensor, threshold: float = ACTIVE_VARIANCE) -> int:
-    """How many principal axes of the posterior means `[N, D]` have a variance of more than `threshold`.
-
-    Never more than there are dimensions of non-zero variance; fewer than `active_dimensions` if those repeat each other.
-    """
-    return int((torch.linalg.eigvalsh(torch.atleast_2d(mean.double().T.cov())) > threshold).sum())
-
-
 @dataclass(frozen=True)
 class AggregateSplit:
     """The two parts of the mean KL, in nats: `mutual_information` I(x; z) and `kl` KL(q(z) ‖ p(z))."""

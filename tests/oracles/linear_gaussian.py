@@ -5,6 +5,7 @@ Columns of W are orthogonal, so that the posterior is a diagonal Gaussian:
     p(x) = N(b, W Wᵀ + γ I)    p(z | x) = N(S Wᵀ (x − b) / γ, S), S = (I + Wᵀ W / γ)⁻¹    I(x; z) = −½ log det S
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class LinearGaussian(System):
         self.weight = torch.nn.Parameter(torch.linalg.qr(random).Q * self.scales)
         self.bias = torch.randn(features, generator=generator, dtype=torch.float64)
         self.prior = StandardNormal(len(self.scales)).double()
+        self.likelihood = SimpleNamespace(variance=variance)
         self.decoded = []  # rows of each call of the decoder
 
     @property
