@@ -81,7 +81,7 @@ def log_likelihood(system: System, x: Tensor, samples: int = 4096, *, chunk: int
         x: `[N, *shape]`; each batch is encoded once.
         samples: S of each row.
         chunk: rows (image and sample) of one call of the decoder. Left out, as many as stay in the cache of a CPU, which is
-            as fast as any larger number: 1,337 images of 28×28.
+            as fast as any larger number: e.g. 1,337 digits.
         batch_size: images encoded together.
 
     Time O(N·S) decoder rows; memory for `chunk` rows and O(batch_size·√S), however many samples there are. Another `chunk`
@@ -98,7 +98,8 @@ def log_likelihood(system: System, x: Tensor, samples: int = 4096, *, chunk: int
         chunk = max(1, (_CHUNK_VALUES if x.device.type == "cpu" else _CHUNK_VALUES_GPU) // max(1, x[0].numel()))
     # Samples of few images at a time: each image and posterior is then read from the cache.
     images = min(max(1, chunk // samples), batch_size)
-    draws = max(1, min(samples, chunk // images))
+    calls = math.ceil(samples / (chunk // images))
+    draws = math.ceil(samples / calls)
     parts = []
     with evaluating(system):
         for rows in x.split(batch_size):
