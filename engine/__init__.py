@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 # Imported at first use: `import latent_engine`, and so the help of the command line, does without torch's second.
 _PUBLIC = {
+    "AE": "systems.vae:AE",
+    "AEConfig": "systems.vae:AEConfig",
     "Batch": "system:Batch",
     "CheckpointError": "checkpoint:CheckpointError",
     "DGD": "systems.dgd:DGD",
@@ -26,6 +28,8 @@ _PUBLIC = {
     "StandardNormal": "priors:StandardNormal",
     "System": "system:System",
     "TrainConfig": "trainer:TrainConfig",
+    "VAE": "systems.vae:VAE",
+    "VAEConfig": "systems.vae:VAEConfig",
     "fit": "trainer:fit",
     "load_data": "data:load",
     "load_system": "systems:load_system",

@@ -8,8 +8,9 @@ from ..checkpoint import CheckpointError, read_description
 from ..system import System
 from ..trainer import TrainConfig
 from .dgd import DGD, DGDConfig
+from .vae import AE, VAE, AEConfig, VAEConfig
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD,)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE)}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ PRESETS = {
     "dgd-labelled": Preset(DGD, DGDConfig(components=10, classes=10, prior_count="per_sample", latent_init="prior"),
                            TrainConfig(), "a component for each of 10 classes (Fig. 4)"),
     "dgd-normal": Preset(DGD, DGDConfig(prior="normal"), TrainConfig(), "a fixed standard normal prior"),
+    "ae": Preset(AE, AEConfig(), TrainConfig(batch_size=100), "an autoencoder without prior"),
+    "vae": Preset(VAE, VAEConfig(), TrainConfig(batch_size=100), "Burda et al.'s networks, Bernoulli pixels"),
+    "vae-2": Preset(VAE, VAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=100),
+                    "the same with two stochastic layers"),
+    "vae-mixture": Preset(VAE, VAEConfig(prior="mixture"), TrainConfig(batch_size=100), "the same with a mixture prior"),
+    "vae-gaussian": Preset(VAE, VAEConfig(likelihood="gaussian"), TrainConfig(batch_size=100),
+                           "the same with Gaussian pixels of learned variance"),
+    "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
 }
 
 
