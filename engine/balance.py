@@ -13,7 +13,8 @@ dimensions on MNIST: variational autoencoders 0.001 to 0.01, with a hundredth of
 import torch
 from torch import Generator, Tensor
 
-from .diagnostics import active_dimensions, evaluating, kl_per_dimension, mmd2_to_prior
+from .bounds import Posterior, kl_to_normal
+from .diagnostics import active_dimensions, evaluating, mmd2_to_prior
 from .system import System
 
 EXPLAINED = 0.5
@@ -43,9 +44,9 @@ def balance(system: System, x: Tensor, generator: Generator | None = None) -> di
     state = {
         "active": int(active_dimensions(posterior.mean).sum()),
         "dimensions": posterior.mean.shape[1],
-        "kl": kl_per_dimension(*posterior).mean(0).tolist(),
+        "kl": kl_to_normal(posterior).mean(0).tolist(),
         "explained": (1 - residual.square().sum() / (x - x.mean(0)).square().sum()).item(),
-        "mmd2": mmd2_to_prior(*posterior, system.prior, generator),
+        "mmd2": mmd2_to_prior(posterior, system.prior, generator),
         "gradient": torch.linalg.vector_norm(gradient, dim=1).mean().item(),
     }
     variance = getattr(system.likelihood, "variance", None)
@@ -68,7 +69,7 @@ def verdict(active: int, dimensions: int, explained: float, mmd2: float) -> str:
     return f"balanced: {good}, and the aggregate posterior is near the prior (MMD² {mmd2:.2g})"
 
 
-def _gradient(system: System, posterior: tuple[Tensor, Tensor], x: Tensor, generator: Generator | None) -> Tensor:
+def _gradient(system: System, posterior: Posterior, x: Tensor, generator: Generator | None) -> Tensor:
     """dL/dz `[N, D]` at one sample z of each posterior, L = −log p(x, z).
 
     With z = mean + σ ε, log q(z | x) does not depend on the mean: the gradient of a log-weight with respect to the mean is

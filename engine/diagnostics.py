@@ -20,7 +20,8 @@ from statistics import NormalDist
 import torch
 from torch import Generator, Tensor, nn
 
-from .kernels import ImportanceAccumulator, gmm_log_prob, mmd2, mmd2_to_normal
+from .bounds import Posterior, entropy, kl_to_normal, reparametrize
+from .kernels import ImportanceAccumulator, gaussian_log_prob, gmm_log_prob, mmd2, mmd2_to_normal
 from .priors import StandardNormal
 from .system import System
 
@@ -108,7 +109,7 @@ def log_likelihood(system: System, x: Tensor, samples: int = 4096, *, chunk: int
             for first in range(0, samples, draws):
                 count = min(draws, samples - first)
                 groups = zip(rows.split(images), *(t.split(images) for t in posterior), strict=True)
-                weights.add(torch.cat([system.log_weights(posterior._make(q), group, count, generator)
+                weights.add(torch.cat([system.log_weights(Posterior(*q), group, count, generator)
                                        for group, *q in groups], dim=1))
             parts.append((weights.log_likelihood(), weights.elbo(), weights.effective_sample_size(),
                           weights.standard_error(), weights.pareto_k()))
@@ -116,11 +117,11 @@ def log_likelihood(system: System, x: Tensor, samples: int = 4096, *, chunk: int
 
 
 @torch.no_grad()
-def encode(system: System, x: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-    """Means and log-variances `[N, D]` of the posteriors of all rows of `x`, in evaluation mode."""
+def encode(system: System, x: Tensor, batch_size: int = 1000) -> Posterior:
+    """q(z | x) of all rows of `x`, in evaluation mode."""
     with evaluating(system):
         mean, log_var = zip(*(system.encode(rows) for rows in x.split(batch_size)), strict=True)
-    return torch.cat(mean), torch.cat(log_var)
+    return Posterior(torch.cat(mean), torch.cat(log_var))
 
 
 @contextmanager
@@ -134,17 +135,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def kl_per_dimension(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_var)) ‖ N(0, 1)), elementwise, in the shape and dtype of the arguments."""
-    return 0.5 * (mean.square() + log_var.expm1() - log_var)
-
-
-def draw(mean: Tensor, log_var: Tensor, generator: Generator | None = None) -> Tensor:
-    """A sample of each posterior, of the shape of `mean`."""
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return torch.addcmul(mean, (0.5 * log_var).exp(), noise)
-
-
 def active_dimensions(mean: Tensor, threshold: float = ACTIVE_VARIANCE) -> Tensor:
     """Boolean `[D]`: which dimensions of the posterior means `[N, D]` vary over the data by more than `threshold`.
 
@@ -155,48 +145,50 @@ def active_dimensions(mean: Tensor, threshold: float = ACTIVE_VARIANCE) -> Tenso
 
 @dataclass(frozen=True)
 class AggregateSplit:
-    """The two parts of the mean KL, in nats: `mutual_information` I(x; z) and `kl` KL(q(z) ‖ p(z))."""
+    """The two parts of mean KL(q(z | x) ‖ p(z)), in nats: `mutual_information` I(x; z) and `kl` KL(q(z) ‖ p(z))."""
 
     mutual_information: float
     kl: float
 
 
 @torch.no_grad()
-def aggregate_split(mean: Tensor, log_var: Tensor, prior: nn.Module, samples: int = 8,
+def aggregate_split(posterior: Posterior, prior: nn.Module, samples: int = 8,
                     generator: Generator | None = None) -> AggregateSplit:
-    """Splits mean KL(q(z | x) ‖ p(z)) into I(x; z) + KL(q(z) ‖ p(z)), with q(z) the mixture of all N posteriors.
+    """Splits the mean KL to the prior into I(x; z) + KL(q(z) ‖ p(z)), with q(z) the mixture of all N posteriors.
 
     Args:
-        mean, log_var: `[N, D]`.
-        prior: its `forward` is the log-density of z `[..., D]`.
+        posterior: of N rows.
+        prior: its `forward` is the log-density of z `[..., D]`. The sum of the parts is exact for N(0, I), an estimate for
+            others; a hierarchical one gives log-densities that are low in expectation, and so a KL that is high.
         samples: of each posterior; the error falls with √(N·samples).
 
     The values are those of the N rows. As estimates for the distribution that the rows come from, the mutual information is
     biased downwards and the KL upwards by the same amount: the first is at most log N, and is to be trusted where it stays
     well below. Time O(samples·N²·D); extra memory O(N·D).
     """
-    dtype, mean, log_var = mean.dtype, mean.double(), log_var.double()
-    uniform = mean.new_full((len(mean),), -math.log(len(mean)))
-    information = divergence = 0.0
+    exact = Posterior(*(t.double() for t in posterior))
+    uniform = exact.mean.new_full((len(exact.mean),), -math.log(len(exact.mean)))
+    information = cross = 0.0
     for _ in range(samples):
-        z = draw(mean, log_var, generator)
-        log_qz = gmm_log_prob(z, mean, log_var, uniform)
-        log_qz_x = -0.5 * ((z - mean).square() / log_var.exp() + log_var + math.log(2 * math.pi)).sum(-1)
-        information += (log_qz_x - log_qz).mean().item() / samples
-        divergence += (log_qz - prior(z.to(dtype))).mean().item() / samples
-    return AggregateSplit(information, divergence)
+        z = reparametrize(exact, 1, generator)[0]
+        log_qz_x = gaussian_log_prob(z, *exact)
+        information += (log_qz_x - gmm_log_prob(z, *exact, uniform)).mean().item() / samples
+        cross -= prior(z.to(posterior.mean.dtype)).mean().item() / samples
+    total = kl_to_normal(exact).sum(1) if isinstance(prior, StandardNormal) else cross - entropy(exact)
+    return AggregateSplit(information, total.mean().item() - information)
 
 
 @torch.no_grad()
-def mmd2_to_prior(mean: Tensor, log_var: Tensor, prior: nn.Module, generator: Generator | None = None) -> float:
+def mmd2_to_prior(posterior: Posterior, prior: nn.Module, generator: Generator | None = None) -> float:
     """Unbiased squared MMD between the aggregate posterior and the prior, with WAE's kernel: the mean over its seven scales.
 
     In closed form for N(0, I); for any other prior between one sample of each posterior and as many of the prior. From 0
     to 2, and negative within its error. O(N²·D).
     """
     if isinstance(prior, StandardNormal):
-        return mmd2_to_normal(mean, log_var, combine="mean").item()
-    return mmd2(draw(mean, log_var, generator), prior.sample(len(mean), generator), combine="mean").item()
+        return mmd2_to_normal(*posterior, combine="mean").item()
+    z = reparametrize(posterior, 1, generator)[0]
+    return mmd2(z, prior.sample(len(z), generator), combine="mean").item()
 
 
 def bits_per_dimension(log_px: Tensor, dimensions: int, levels: int = 256) -> Tensor:
@@ -214,7 +206,13 @@ def dequantise(x: Tensor, levels: int = 256, generator: Generator | None = None)
     Raises:
         ValueError: x does not lie on that grid.
     """
-    v = x * (levels - 1)
-    if not torch.allclose(v, v.round(), rtol=0, atol=1e-3):
+    if not on_grid(x, levels):
         raise ValueError(f"dequantise: x must hold {levels} levels from 0 to 1, given values between them.")
-    return (v.round() + torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)) / levels
+    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return ((x * (levels - 1)).round() + noise) / levels
+
+
+def on_grid(x: Tensor, levels: int = 256) -> bool:
+    """Whether all values are v / (levels − 1), v = 0, ..., levels − 1, to float32 rounding."""
+    v = (x * (levels - 1)).double()
+    return bool(((v - v.round()).abs() < 1e-3).all() & (v > -0.5).all() & (v < levels - 0.5).all())

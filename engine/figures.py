@@ -66,11 +66,11 @@ def manifold(steps: int = 20) -> Tensor:
     return torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
 
 
-def traversals(z: Tensor, dimensions: Sequence[int], steps: int = 11, reach: float = 3.0) -> Tensor:
-    """`z` `[D]` with one of `dimensions` at a time going from −`reach` to `reach`: `[len(dimensions) · steps, D]`."""
+def traversals(z: Tensor, dimensions: Sequence[int], low: Tensor, high: Tensor, steps: int = 11) -> Tensor:
+    """`z` `[D]` with one of `dimensions` at a time going from its `low` to its `high` `[D]`: `[len(dimensions) · steps, D]`."""
     walks = z.expand(len(dimensions), steps, len(z)).clone()
-    for walk, dimension in zip(walks, dimensions, strict=True):
-        walk[:, dimension] = torch.linspace(-reach, reach, steps, dtype=z.dtype, device=z.device)
+    for walk, d in zip(walks, dimensions, strict=True):
+        walk[:, d] = torch.linspace(float(low[d]), float(high[d]), steps, dtype=z.dtype, device=z.device)
     return walks.flatten(0, 1)
 
 

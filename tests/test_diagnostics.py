@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from latent_engine.bounds import Posterior, kl_to_normal
 from latent_engine.diagnostics import (
     active_dimensions,
     aggregate_split,
     bits_per_dimension,
     dequantise,
     encode,
-    kl_per_dimension,
     log_likelihood,
     mmd2_to_prior,
 )
@@ -109,14 +109,6 @@ def test_encode_is_that_of_all_rows_at_once():
     assert not mean.requires_grad
 
 
-def test_kl_per_dimension_is_that_of_torch():
-    mean, log_var = torch.randn(2, 5, 3, generator=generator(), dtype=torch.float64)
-    q = torch.distributions.Normal(mean, (0.5 * log_var).exp())
-    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
-    assert torch.allclose(kl_per_dimension(mean, log_var), expected)
-    assert (kl_per_dimension(torch.zeros(3), torch.full((3,), 1e-6)) >= 0).all()  # no cancellation near the prior
-
-
 def test_active_dimensions():
     z = torch.randn(400, 3, generator=generator())
     mean = torch.stack([z[:, 0], 0.05 * z[:, 1], 7 + 0.2 * z[:, 2], torch.full((400,), 3.0)], 1)
@@ -129,20 +121,22 @@ def test_aggregate_split_of_the_exact_model():
     """That of infinitely many rows is the prior: KL 0 and I(x; z) = −½ log det S, of which N rows see less."""
     system = LinearGaussian([1.5, 0.5])
     x = data(system, 3000)
-    mean, log_var = (t.float() for t in encode(system, x))
+    posterior = Posterior(*(t.float() for t in encode(system, x)))
     prior = StandardNormal(2)
-    split = aggregate_split(mean, log_var, prior, generator=generator())
+    split = aggregate_split(posterior, prior, generator=generator())
     assert split.mutual_information == pytest.approx(system.mutual_information, abs=0.03)
     assert 0 <= split.kl < 0.03
-    kl = kl_per_dimension(mean, log_var).sum(1).mean().item()
-    assert split.mutual_information + split.kl == pytest.approx(kl, abs=0.02)
-    few = aggregate_split(mean[:10], log_var[:10], prior, samples=500, generator=generator())
+    kl = kl_to_normal(posterior).sum(1).mean().item()
+    assert split.mutual_information + split.kl == pytest.approx(kl, rel=1e-6)
+    mixture = GaussianMixturePrior(1, 2, radius=1e-6, log_precision_mean=0.0)  # N(0, I) again, its density sampled
+    assert aggregate_split(posterior, mixture, generator=generator()).kl == pytest.approx(split.kl, abs=0.02)
+    few = aggregate_split(Posterior(*(t[:10] for t in posterior)), prior, samples=500, generator=generator())
     assert few.mutual_information < min(system.mutual_information, math.log(10)) and few.kl > split.kl
 
 
 def test_aggregate_split_of_far_posteriors_is_log_n():
-    mean = 100 * torch.eye(6)
-    split = aggregate_split(mean, torch.zeros(6, 6), GaussianMixturePrior(4, 6, generator=generator()), generator=generator())
+    posterior = Posterior(100 * torch.eye(6), torch.zeros(6, 6))
+    split = aggregate_split(posterior, GaussianMixturePrior(4, 6, generator=generator()), generator=generator())
     assert split.mutual_information == pytest.approx(math.log(6), rel=1e-6)
 
 
@@ -150,16 +144,16 @@ def test_mmd_to_the_prior():
     """0 for the exact posteriors of model data; in closed form for N(0, I), sampled otherwise."""
     system = LinearGaussian([1.5, 0.5])
     mean, log_var = (t.float() for t in encode(system, data(system, 800)))
-    assert abs(mmd2_to_prior(mean, log_var, StandardNormal(2))) < 3e-3
-    far = mmd2_to_prior(mean + 3, log_var, StandardNormal(2))
+    assert abs(mmd2_to_prior(Posterior(mean, log_var), StandardNormal(2))) < 3e-3
+    far = mmd2_to_prior(Posterior(mean + 3, log_var), StandardNormal(2))
     z = mean + 3 + (0.5 * log_var).exp() * torch.randn(800, 2, generator=generator())
     sampled = mmd2(z, torch.randn(800, 2, generator=generator(1)), combine="mean").item()
     assert far == pytest.approx(sampled, rel=0.05) and 0.3 < far < 2
     mixture = GaussianMixturePrior(3, 2, generator=generator())
     points = mixture.sample(900, generator())
     narrow = torch.full_like(points, -20.0)
-    assert abs(mmd2_to_prior(points, narrow, mixture, generator(1))) < 0.01
-    assert mmd2_to_prior(points + 5, narrow, mixture, generator(1)) > 0.1
+    assert abs(mmd2_to_prior(Posterior(points, narrow), mixture, generator(1))) < 0.01
+    assert mmd2_to_prior(Posterior(points + 5, narrow), mixture, generator(1)) > 0.1
 
 
 def test_bits_per_dimension_bound_those_of_a_known_source():

@@ -83,8 +83,8 @@ def test_the_manifold_is_a_grid_of_equal_probability():
 
 def test_traversals_change_one_dimension_and_interpolations_end_where_they_should():
     z = torch.tensor([1.0, 2.0, 3.0])
-    walks = traversals(z, [2, 0], steps=3, reach=1.5)
-    assert walks.tolist() == [[1, 2, -1.5], [1, 2, 0], [1, 2, 1.5], [-1.5, 2, 3], [0, 2, 3], [1.5, 2, 3]]
+    walks = traversals(z, [2, 0], torch.tensor([-1.0, 0.0, -3.0]), torch.tensor([1.0, 0.0, 5.0]), steps=3)
+    assert walks.tolist() == [[1, 2, -3], [1, 2, 1], [1, 2, 5], [-1, 2, 3], [0, 2, 3], [1, 2, 3]]
     lines = interpolations(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[4.0, 2.0], [1.0, 0.0]]), steps=3)
     assert lines.tolist() == [[0, 0], [2, 1], [4, 2], [1, 1], [1, 0.5], [1, 0]]
 

@@ -6,19 +6,13 @@ Columns of W are orthogonal, so that the posterior is a diagonal Gaussian:
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from latent_engine.bounds import Posterior
 from latent_engine.kernels import gaussian_log_prob, importance_log_weights
 from latent_engine.priors import StandardNormal
 from latent_engine.system import System
-
-
-class Posterior(NamedTuple):
-    mean: Tensor
-    log_var: Tensor
 
 
 class LinearGaussian(System):
