@@ -1,5 +1,6 @@
 """What trained autoencoders, with or without posteriors, are evaluated by: `report` says which functions a family has."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,8 @@ TEXT = {
     "negative_elbo": ("−ELBO (nats an image)", ".2f"),
     "reconstruction": ("    −E log p(x | z) under the posterior", ".2f"),
     "kl": ("    KL(q(z | x) ‖ p(z))", ".2f"),
-    "mutual_information": ("        of it I(x; z), at most the logarithm of the number of images", ".2f"),
+    "mutual_information": ("        of it I(x; z) of these images", ".2f"),
+    "information_limit": ("            the most that so many images can show, log N", ".2f"),
     "kl_aggregate": ("        of it KL(q(z) ‖ p(z)) of the aggregate posterior", ".2f"),
     "mse": ("mean squared error of reconstructions (a pixel)", ".5f"),
     "active": ("active dimensions", ".0f"),
@@ -71,7 +73,7 @@ def evaluate(system: AE, train: Data, test: Data | None, nll_samples: int | None
               "dimensions": z.shape[1]}
     if len(z) > 1:
         scores["active"] = int(active_dimensions(z).sum())
-        if isinstance(system, VAE):
+        if isinstance(system, VAE) and len(train) > 1:
             scores |= _posterior_scores(system, train, data, nll_samples or NLL_SAMPLES)
     if train.y is not None and len(train) > 10:
         known = z if test is None else _represent(system, train.x)
@@ -91,8 +93,9 @@ def _posterior_scores(system: VAE, train: Data, data: Data, nll_samples: int) ->
     kl = split.mutual_information + split.kl
     return scores | {
         "reconstruction": scores["negative_elbo"] - kl, "kl": kl, "mutual_information": split.mutual_information,
-        "kl_aggregate": split.kl, "mmd2": mmd2_to_prior(few, system.prior, generator), "mpd": diversity.mpd.item(),
-        "mpd_std": diversity.std.item(), "balance": balance(system, train.x[:_BALANCE_ROWS], generator)}
+        "information_limit": math.log(len(data)), "kl_aggregate": split.kl,
+        "mmd2": mmd2_to_prior(few, system.prior, generator), "mpd": diversity.mpd.item(), "mpd_std": diversity.std.item(),
+        "balance": balance(system, train.x[:_BALANCE_ROWS], generator)}
 
 
 def _likelihood_scores(system: VAE, data: Data, samples: int, generator: Generator) -> dict[str, float]:
