@@ -51,6 +51,13 @@ class Bernoulli:
         logits = logits.flatten(1)
         return torch.addmm(-F.softplus(logits).sum(1), x.flatten(1), logits.T)
 
+    def log_power_integral(self, logits: Tensor, power: float, event_dims: int) -> Tensor:
+        """log Σ_x p(x)^power over all x of zeros and ones, summed over the last `event_dims` axes of `logits`."""
+        # Of log(σ(l)^a + σ(−l)^a) = softplus(a l) − a softplus(l), softplus(l) is −log p(0).
+        zeros = logits.new_zeros(logits.shape[logits.dim() - event_dims:])
+        one, scaled = (kernels.bernoulli_log_prob(zeros, l, event_dims=event_dims) for l in (logits, power * logits))
+        return power * one - scaled
+
     def mean(self, logits: Tensor) -> Tensor:
         """E[x], of the shape of `logits`."""
         return logits.sigmoid()
@@ -77,6 +84,11 @@ class Gaussian:
     def log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
         """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
         return gaussian_log_prob(mean, x, self.std)
+
+    def log_power_integral(self, mean: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `mean`, the same for all means: `[]`."""
+        log_var = mean.new_tensor(2 * math.log(self.std))
+        return _gaussian_log_power_integral(log_var, power, mean.shape[mean.dim() - event_dims:])
 
     def pairwise_log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
         """Each of N rows of `x` against each of K decoded candidates -> `[N, K]`."""
@@ -110,6 +122,10 @@ class _GaussianOfVariance(nn.Module):
         """x of the shape of `mean`."""
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + self.variance.sqrt() * noise
+
+    def log_power_integral(self, mean: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `mean`, the same for all means: `[]`."""
+        return _gaussian_log_power_integral(self.variance.log(), power, mean.shape[mean.dim() - event_dims:])
 
     def _log_var(self, mean: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -160,6 +176,11 @@ class OptimalGaussian(_GaussianOfVariance):
         best = kernels.gaussian_variance(x, mean, tuple(self.variance.shape))
         self.variance.lerp_(best.to(self.variance.dtype), 0.1)
         return best.clamp_min(torch.finfo(best.dtype).tiny).log()
+
+
+def _gaussian_log_power_integral(log_var: Tensor, power: float, shape: tuple[int, ...]) -> Tensor:
+    """Σ over features of log ∫ N(x; m, σ²)^a dx = ½ [(1 − a) log(2π σ²) − log a]."""
+    return (0.5 * ((1 - power) * (log_var + math.log(2 * math.pi)) - math.log(power))).expand(shape).sum()
 
 
 def _check_variance(variance: float) -> None:
