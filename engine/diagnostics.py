@@ -85,8 +85,8 @@ def log_likelihood(system: System, x: Tensor, samples: int = 4096, *, chunk: int
             as fast as any larger number: e.g. 1,337 digits.
         batch_size: images encoded together.
 
-    Time O(N·S) decoder rows; memory for `chunk` rows and O(batch_size·√S), however many samples there are. Another `chunk`
-    draws other samples.
+    Time of N·S decoder rows; memory for `chunk` of them and O(batch_size·(chunk + √S)) numbers, however many samples there
+    are. Another `chunk` draws other samples.
 
     Raises:
         ValueError: no rows, no samples, or a chunk of none.
