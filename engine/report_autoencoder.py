@@ -104,7 +104,8 @@ def _likelihood_scores(system: VAE, data: Data, samples: int, generator: Generat
     scores = {"nll": -found.mean, "nll_low": -high, "nll_high": -low, "nll_samples": samples,
               "effective_samples": found.effective_samples.median().item(),
               "pareto_k_high": (found.pareto_k > 0.7).double().mean().item(), "negative_elbo": -found.elbo.mean().item()}
-    if hasattr(system.likelihood, "variance") and not data.binarized and on_grid(data.x):
+    gray = bool(((data.x > 0) & (data.x < 1)).any())
+    if hasattr(system.likelihood, "variance") and gray and on_grid(data.x):
         noisy = log_likelihood(system, dequantise(data.x, generator=generator), samples, generator=generator)
         scores["bits_per_dim"] = bits_per_dimension(noisy.log_px, data.x[0].numel()).mean().item()
     return scores

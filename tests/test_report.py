@@ -79,7 +79,7 @@ def test_every_family_has_a_table_and_pictures(preset, digits, tmp_path):
 def test_bits_per_dimension_only_of_continuous_pixels_of_256_levels(digits):
     train, _ = digits
     x = (torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
-    levels = dataclasses.replace(train, x=x, y=None, binarized=False)
+    levels = dataclasses.replace(train, x=x, y=None)
     torch.manual_seed(0)
     system = VAE.for_data(VAEConfig(latent_dim=2, hidden=(4,), likelihood="gaussian", gamma="fixed", variance=1 / 12), levels)
     scores = report.evaluate(system, levels, nll_samples=50)
