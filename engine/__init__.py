@@ -14,21 +14,29 @@ __version__ = "0.1.0"
 
 # Imported at first use: `import latent_engine`, and so the help of the command line, does without torch's second.
 _PUBLIC = {
+    "AE": "systems.vae:AE",
+    "AEConfig": "systems.vae:AEConfig",
     "Batch": "system:Batch",
     "CheckpointError": "checkpoint:CheckpointError",
     "DGD": "systems.dgd:DGD",
     "DGDConfig": "systems.dgd:DGDConfig",
     "Data": "data:Data",
     "GaussianMixturePrior": "priors:GaussianMixturePrior",
+    "IWAE": "systems.iwae:IWAE",
+    "IWAEConfig": "systems.iwae:IWAEConfig",
     "OptimizerConfig": "system:OptimizerConfig",
     "PRESETS": "systems:PRESETS",
     "Phase": "system:Phase",
     "StandardNormal": "priors:StandardNormal",
     "System": "system:System",
     "TrainConfig": "trainer:TrainConfig",
+    "VAE": "systems.vae:VAE",
+    "VAEConfig": "systems.vae:VAEConfig",
     "fit": "trainer:fit",
+    "frechet_distance": "metrics:frechet_distance",
     "load_data": "data:load",
     "load_system": "systems:load_system",
+    "log_likelihood": "diagnostics:log_likelihood",
 }
 __all__ = list(_PUBLIC)
 

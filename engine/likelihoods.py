@@ -1,19 +1,30 @@
 """Observation models p(x | decoder output), summed over the features of a row.
 
     Bernoulli   log p = Σ_p x_p l_p − softplus(l_p)               l: logits
-    Gaussian    log p = −½ Σ_p (x_p − m_p)²/σ² + log(2π σ²)       m: means, σ: fixed standard deviation
+    Gaussian    log p = −½ Σ_p (x_p − m_p)²/γ + log(2π γ)         m: means, γ: variance
 
-Both are affine in statistics of x: every row against every candidate is one matrix product (`pairwise_log_prob`).
+`x` are rows `[N, ...]`, a decoder's output has their shape, or `[S, N, ...]` for S samples of each; log p is `[N]` or
+`[S, N]`. The variance is fixed (`Gaussian`), learned (`LearnedGaussian`), or the best one (`OptimalGaussian`): the mean
+squared error, at which −log p is ½ P log γ but for a constant (Dai & Wipf 2019; Rybkin et al. 2021).
+
+Traps. γ is a variance in the papers; the code of Dai & Wipf learns the logarithm of a standard deviation of that name,
+which moves log γ twice as far a step under Adam. Where the decoder fits all pixels, γ tends to 0 and log p to ∞.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from . import kernels
+
+
+def check_unit_interval(x: Tensor) -> None:
+    """Raises ValueError if some of `x` cannot be data of a Bernoulli likelihood."""
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError("A Bernoulli likelihood needs pixels in [0, 1]; likelihood='gaussian' takes any.")
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
@@ -32,13 +43,20 @@ class Bernoulli:
     """Independent Bernoulli features; the decoder gives logits. For x in (0, 1) this is the usual cross entropy."""
 
     def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
-        """Row by row, `[N, ...]` against `[N, ...]` -> `[N]`."""
+        """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
         return bernoulli_log_prob(logits, x)
 
     def pairwise_log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
         """Each of N rows of `x` against each of K decoded candidates -> `[N, K]`."""
         logits = logits.flatten(1)
         return torch.addmm(-F.softplus(logits).sum(1), x.flatten(1), logits.T)
+
+    def log_power_integral(self, logits: Tensor, power: float, event_dims: int) -> Tensor:
+        """log Σ_x p(x)^power over all x of zeros and ones, summed over the last `event_dims` axes of `logits`."""
+        # Of log(σ(l)^a + σ(−l)^a) = softplus(a l) − a softplus(l), softplus(l) is −log p(0).
+        zeros = logits.new_zeros(logits.shape[logits.dim() - event_dims:])
+        one, scaled = (kernels.bernoulli_log_prob(zeros, l, event_dims=event_dims) for l in (logits, power * logits))
+        return power * one - scaled
 
     def mean(self, logits: Tensor) -> Tensor:
         """E[x], of the shape of `logits`."""
@@ -59,9 +77,18 @@ class Gaussian:
         if not self.std > 0:
             raise ValueError(f"The standard deviation of a Gaussian likelihood must be positive, given {self.std}.")
 
+    @property
+    def variance(self) -> float:
+        return self.std**2
+
     def log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
-        """Row by row, `[N, ...]` against `[N, ...]` -> `[N]`."""
+        """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
         return gaussian_log_prob(mean, x, self.std)
+
+    def log_power_integral(self, mean: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `mean`, the same for all means: `[]`."""
+        log_var = mean.new_tensor(2 * math.log(self.std))
+        return _gaussian_log_power_integral(log_var, power, mean.shape[mean.dim() - event_dims:])
 
     def pairwise_log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
         """Each of N rows of `x` against each of K decoded candidates -> `[N, K]`."""
@@ -76,3 +103,86 @@ class Gaussian:
     def sample(self, mean: Tensor, generator: Generator | None = None) -> Tensor:
         """x of the shape of `mean`."""
         return mean + self.std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+
+
+class _GaussianOfVariance(nn.Module):
+    """What Gaussians share whose `variance` γ `[]`, or of a shape that broadcasts against a row, is not fixed."""
+
+    variance: Tensor
+
+    def log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
+        """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
+        return kernels.gaussian_log_prob(x, mean, self._log_var(mean, x), event_dims=x.dim() - 1)
+
+    def mean(self, mean: Tensor) -> Tensor:
+        """E[x] is the decoder's output."""
+        return mean
+
+    def sample(self, mean: Tensor, generator: Generator | None = None) -> Tensor:
+        """x of the shape of `mean`."""
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.variance.sqrt() * noise
+
+    def log_power_integral(self, mean: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `mean`, the same for all means: `[]`."""
+        return _gaussian_log_power_integral(self.variance.log(), power, mean.shape[mean.dim() - event_dims:])
+
+    def _log_var(self, mean: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LearnedGaussian(_GaussianOfVariance):
+    """Independent Gaussian features with a variance that is learned; the decoder gives means.
+
+    Args:
+        variance: where it starts.
+        shape: of the variance: `()` shared, `(C, 1, 1)` one a channel, `(C, H, W)` one a feature.
+        parameter: what gradient descent moves: "log_var", the logarithm of the variance, or "log_std", of its root.
+    """
+
+    def __init__(self, variance: float = 1.0, shape: tuple[int, ...] = (), parameter: str = "log_var") -> None:
+        super().__init__()
+        _check_variance(variance)
+        if parameter not in ("log_var", "log_std"):
+            raise ValueError(f"parameter must be log_var or log_std, given {parameter!r}.")
+        self.parameter = parameter
+        start = math.log(variance) / (1 if parameter == "log_var" else 2)
+        self.register_parameter(parameter, nn.Parameter(torch.full(shape, start)))
+
+    @property
+    def variance(self) -> Tensor:
+        return self._log_var().exp()
+
+    def _log_var(self, *_: Tensor) -> Tensor:
+        return self.log_var if self.parameter == "log_var" else 2 * self.log_std
+
+
+class OptimalGaussian(_GaussianOfVariance):
+    """Independent Gaussian features with the variance that fits best; the decoder gives means.
+
+    While training, γ is the mean squared error of the batch, and constant in gradients: at an optimum that changes none
+    of them. Evaluation uses its running mean, kept with the momentum 0.1 of `nn.BatchNorm2d`, from `variance` on.
+    """
+
+    def __init__(self, variance: float = 1.0, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        _check_variance(variance)
+        self.register_buffer("variance", torch.full(shape, float(variance)))
+
+    @torch.no_grad()
+    def _log_var(self, mean: Tensor, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.variance.log()
+        best = kernels.gaussian_variance(x, mean, tuple(self.variance.shape))
+        self.variance.lerp_(best.to(self.variance.dtype), 0.1)
+        return best.clamp_min(torch.finfo(best.dtype).tiny).log()
+
+
+def _gaussian_log_power_integral(log_var: Tensor, power: float, shape: tuple[int, ...]) -> Tensor:
+    """Σ over features of log ∫ N(x; m, σ²)^a dx = ½ [(1 − a) log(2π σ²) − log a]."""
+    return (0.5 * ((1 - power) * (log_var + math.log(2 * math.pi)) - math.log(power))).expand(shape).sum()
+
+
+def _check_variance(variance: float) -> None:
+    if not 0 < variance < math.inf:
+        raise ValueError(f"The variance of a Gaussian likelihood must be positive and finite, given {variance}.")

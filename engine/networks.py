@@ -1,4 +1,5 @@
-"""Networks: a decoder maps z `[N, D]` to the parameters of p(x | z), one for each feature, `[N, C, H, W]`."""
+"""Networks: a decoder maps z `[N, D]` to the parameters of p(x | z), one for each feature, `[N, C, H, W]`; an encoder maps
+x `[N, C, H, W]` to `[N, outputs]`, e.g. the mean and log-variance of q(z | x), side by side."""
 
 import itertools
 import math
@@ -6,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class UpConv2d(nn.ConvTranspose2d):
@@ -42,11 +45,111 @@ def dgd_mnist_decoder(latent_dim: int = 2) -> nn.Sequential:
     )
 
 
-def mlp_decoder(latent_dim: int, shape: Sequence[int], hidden: Sequence[int] = (30, 200)) -> nn.Sequential:
-    """A fully connected ReLU decoder for observations of any `shape` (C, H, W)."""
-    sizes = [latent_dim, *hidden]
-    layers = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], math.prod(shape)), nn.Unflatten(1, tuple(shape)))
+def mlp(sizes: Sequence[int], activation: str = "relu") -> nn.Sequential:
+    """Linear layers between consecutive `sizes`, with "relu" or "tanh" after each but the last."""
+    layers = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), ACTIVATIONS[activation]())]
+    return nn.Sequential(*layers[:-1])
+
+
+def mlp_encoder(shape: Sequence[int], outputs: int, hidden: Sequence[int] = (200, 200),
+                activation: str = "tanh") -> nn.Sequential:
+    """A fully connected encoder; with its defaults that of Burda et al. 2016 (§5)."""
+    return nn.Sequential(nn.Flatten(), *mlp([math.prod(shape), *hidden, outputs], activation))
+
+
+def mlp_decoder(latent_dim: int, shape: Sequence[int], hidden: Sequence[int] = (30, 200),
+                activation: str = "relu") -> nn.Sequential:
+    """A fully connected decoder for observations of any `shape` (C, H, W)."""
+    return nn.Sequential(*mlp([latent_dim, *hidden, math.prod(shape)], activation), nn.Unflatten(1, tuple(shape)))
+
+
+def conv_encoder(shape: Sequence[int], outputs: int, capacity: int = 32) -> nn.Sequential:
+    """Two 4×4 convolutions of stride 2 with `capacity` and 2 `capacity` channels, and two linear layers."""
+    channels, *sides = shape
+    size = 2 * capacity * math.prod(_quarter(sides))
+    return nn.Sequential(
+        nn.Conv2d(channels, capacity, 4, 2, 1), nn.ReLU(),
+        nn.Conv2d(capacity, 2 * capacity, 4, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(size, 8 * capacity), nn.ReLU(), nn.Linear(8 * capacity, outputs))
+
+
+def conv_decoder(latent_dim: int, shape: Sequence[int], capacity: int = 32) -> nn.Sequential:
+    """The mirror image of `conv_encoder`."""
+    channels, *sides = shape
+    inner = (2 * capacity, *_quarter(sides))
+    return nn.Sequential(
+        nn.Linear(latent_dim, 8 * capacity), nn.ReLU(),
+        nn.Linear(8 * capacity, math.prod(inner)), nn.ReLU(), nn.Unflatten(1, inner),
+        UpConv2d(2 * capacity, capacity), nn.ReLU(), UpConv2d(capacity, channels))
+
+
+def dgd_cifar_decoder(latent_dim: int, shape: Sequence[int], capacity: int = 32, depth: str = "standard") -> nn.Sequential:
+    """The decoders of Schuster & Krogh (A.3) for images of 32×32; without the sigmoid that A.3 puts at their end.
+
+    Transposed 4×4 convolutions of stride 2, each with batch normalisation and ReLU, then a 1×1 convolution, between
+    4c, 2c, 2c, c, c and C channels for the capacity c. `depth`: "standard" starts from 4c × 1 × 1, so that
+    `latent_dim` is 4c; "shallow" lacks the first convolution and starts from 2c × 4 × 4, `latent_dim` 32c; "linear"
+    is the shallow one after a linear layer from any `latent_dim`.
+    """
+    _check_dgd_cifar(latent_dim, shape, capacity, depth)
+    c = capacity
+    start = {"standard": [nn.Unflatten(1, (4 * c, 1, 1)), nn.ConvTranspose2d(4 * c, 2 * c, 4), *_norm(2 * c)],
+             "shallow": [nn.Unflatten(1, (2 * c, 4, 4))],
+             "linear": [nn.Linear(latent_dim, 32 * c), nn.Unflatten(1, (2 * c, 4, 4))]}[depth]
+    blocks = [layer for i, o in ((2 * c, 2 * c), (2 * c, c), (c, c)) for layer in (UpConv2d(i, o), *_norm(o))]
+    return nn.Sequential(*start, *blocks, nn.ConvTranspose2d(c, shape[0], 1))
+
+
+def dgd_cifar_encoder(latent_dim: int, shape: Sequence[int], capacity: int = 32, depth: str = "standard") -> nn.Sequential:
+    """The mirror image of `dgd_cifar_decoder`, to `[N, latent_dim]`. Our reading of A.3: no normalisation at its end."""
+    _check_dgd_cifar(latent_dim, shape, capacity, depth)
+    c = capacity
+    blocks = [layer for i, o in ((c, c), (c, 2 * c)) for layer in (nn.Conv2d(i, o, 4, 2, 1), *_norm(o))]
+    end = {"standard": [*_norm(2 * c), nn.Conv2d(2 * c, 4 * c, 4), nn.Flatten()],
+           "shallow": [nn.Flatten()],
+           "linear": [nn.Flatten(), nn.Linear(32 * c, latent_dim)]}[depth]
+    return nn.Sequential(nn.Conv2d(shape[0], c, 1), *_norm(c), *blocks, nn.Conv2d(2 * c, 2 * c, 4, 2, 1), *end)
+
+
+class SideBySide(nn.Module):
+    """The outputs `[N, ...]` of several networks for one input, concatenated along their second axis."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([network(x) for network in self.networks], 1)
+
+
+def _norm(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm2d(channels), nn.ReLU()
+
+
+def _check_dgd_cifar(latent_dim: int, shape: Sequence[int], capacity: int, depth: str) -> None:
+    if tuple(shape[1:]) != (32, 32):
+        raise ValueError(f"The DGD paper's CIFAR networks take images of 32×32, given {'×'.join(map(str, shape[1:]))}; "
+                         "network='conv' takes other sizes.")
+    needed = {"standard": 4 * capacity, "shallow": 32 * capacity, "linear": latent_dim}[depth]
+    if latent_dim != needed:
+        raise ValueError(f"With capacity {capacity} the {depth} network of the DGD paper has latent_dim={needed}, "
+                         f"given {latent_dim}.")
+
+
+def _quarter(sides: Sequence[int]) -> tuple[int, ...]:
+    if any(side % 4 for side in sides):
+        raise ValueError(f"A convolutional network needs a height and width that are multiples of 4, given {list(sides)}.")
+    return tuple(side // 4 for side in sides)
+
+
+@torch.no_grad()
+def set_output_bias(decoder: nn.Module, value: Tensor) -> None:
+    """Makes `value` `[C, H, W]` the bias of the decoder's last layer: its mean over each channel where that is convolutional.
+
+    A decoder that starts from the mean of the data (Burda et al. 2016, their code) need not learn it.
+    """
+    *_, last = (m for m in decoder.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)))
+    last.bias.copy_(value.flatten() if isinstance(last, nn.Linear) else value.flatten(1).mean(1))
 
 
 def decoder_for(latent_dim: int, shape: Sequence[int]) -> nn.Sequential:

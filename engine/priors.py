@@ -15,12 +15,15 @@ log-density of its argument, with `sample` and `log_prior`.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from .kernels import gmm_log_prob
+from .bounds import Posterior, reparametrize
+from .kernels import gaussian_log_prob, gmm_log_prob, importance_log_weights
+from .networks import mlp
 
 COVARIANCES = ("diagonal", "isotropic")
 
@@ -79,7 +82,7 @@ class StandardNormal(nn.Module):
 
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """`n` points `[n, D]`."""
-        return torch.randn(n, self.means.shape[1], generator=generator, device=self.means.device)
+        return torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype, device=self.means.device)
 
 
 class GaussianMixturePrior(nn.Module):
@@ -177,6 +180,41 @@ class GaussianMixturePrior(nn.Module):
         if self.allowed is None:
             raise ValueError("Labels were given to a mixture whose components have no classes; build it with classes=.")
         return {"labels": labels, "allowed": self.allowed}
+
+
+class HierarchicalPrior(nn.Module):
+    """An upper stochastic layer u as the prior of a lower one: p(z) = ∫ p(z | u) N(u; 0, I) du (Burda et al. 2016, §5).
+
+    p(z | u) and q(u | z) are diagonal Gaussians whose means and log-variances come from tanh layers of sizes `hidden`.
+
+    Args:
+        dim: D, of z.
+        top_dim: T, of u.
+        hidden: between the two, from z to u; from u to z in reverse.
+    """
+
+    def __init__(self, dim: int, top_dim: int, hidden: Sequence[int] = (100, 100)) -> None:
+        super().__init__()
+        self.encoder = mlp([dim, *hidden, 2 * top_dim], "tanh")
+        self.decoder = mlp([top_dim, *hidden[::-1], 2 * dim], "tanh")
+        self.top = StandardNormal(top_dim)
+
+    def forward(self, z: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """log p(u) + log p(z | u) − log q(u | z) of `z` `[..., D]` at one u ~ q(u | z) for each, in nats, `[...]`.
+
+        Its exponential is an unbiased estimate of p(z): with z ~ q(z | x), importance weights of both layers.
+        """
+        rows = z.reshape(-1, z.shape[-1])
+        posterior = Posterior(*self.encoder(rows).chunk(2, 1))
+        u = reparametrize(posterior, 1, generator)
+        mean, log_var = self.decoder(u).chunk(2, 2)
+        return importance_log_weights(u, *posterior, gaussian_log_prob(rows, mean, log_var)).reshape(z.shape[:-1])
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """`n` points `[n, D]`."""
+        given_u = Posterior(*self.decoder(self.top.sample(n, generator)).chunk(2, 1))
+        return reparametrize(given_u, 1, generator)[0]
 
 
 def _indices(name: str, values: Tensor, n: int, low: int, high: int, device: torch.device) -> Tensor:

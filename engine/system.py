@@ -9,7 +9,7 @@ rest:
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from torch import Generator, Tensor, nn
 
@@ -45,6 +45,14 @@ class OptimizerConfig:
             raise ValueError(f"betas of an optimizer must lie in [0, 1), given {self.betas}.")
 
 
+def check_choices(config: Any) -> None:
+    """Raises ValueError if a field of `config` whose type is a Literal holds another value."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(hint)))}, "
+                             f"given {getattr(config, name)!r}.")
+
+
 @dataclass(frozen=True)
 class Phase:
     """One player's turn."""
@@ -65,6 +73,7 @@ class System(nn.Module):
     name: str
     config_type: type
     config: Any
+    shape: tuple[int, ...]  # of an observation
     reduction: Literal["mean", "sum"] = "mean"  # of `loss` over the rows of a batch
     local: tuple[str, ...] = ()  # rank-local children (a latent table): never wrapped, gradients divided by world size
 
@@ -79,6 +88,13 @@ class System(nn.Module):
 
     def check(self, data: Data) -> None:
         """Raises ValueError if the system cannot be trained on `data`."""
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raises ValueError if `x` are not observations of this system's shape."""
+        if not x.is_floating_point() or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"This {type(self).__name__} takes floating-point x of shape "
+                             f"[N, {', '.join(map(str, self.shape))}], given {x.dtype} {list(x.shape)}. "
+                             "`Data.pixels` turns images of bytes into floats.")
 
     def phases(self) -> tuple[Phase, ...]:
         """Who steps when; by default one phase in which every child with trainable parameters steps."""

@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 
 from ..data import Data
 from ..latents import LatentTable, map_inference
-from ..likelihoods import Bernoulli, Gaussian
+from ..likelihoods import Bernoulli, Gaussian, check_unit_interval
 from ..networks import decoder_for
 from ..priors import GaussianMixturePrior, StandardNormal
 from ..system import Batch, OptimizerConfig, System
@@ -159,7 +159,7 @@ class DGD(System):
                 1,000 and 20 steps reach 9 nats more than the means alone and 100 steps, in a quarter of the time.
             steps, lr: of `map_inference`.
         """
-        self._check_shape(x)
+        self.check_rows(x)
         g, training = self.latents.transform, self.training
         self.eval()
         try:
@@ -183,11 +183,11 @@ class DGD(System):
             return self.decode(z)
 
     def check(self, data: Data) -> None:
-        self._check_shape(data.x)
+        self.check_rows(data.x)
         if len(data) != self.rows:
             raise ValueError(f"This DGD has representations of {self.rows} training samples, given {len(data)}.")
-        if self.config.likelihood == "bernoulli" and not bool(((data.x >= 0) & (data.x <= 1)).all()):
-            raise ValueError("A Bernoulli likelihood needs pixels in [0, 1]; likelihood='gaussian' takes any.")
+        if self.config.likelihood == "bernoulli":
+            check_unit_interval(data.x)
         classes = self.config.classes
         if classes:
             if data.y is None:
@@ -201,11 +201,6 @@ class DGD(System):
         if self.config.latent_init == "prior":
             return self.prior.sample(self.rows, **({"labels": labels} if self.config.classes else {}))
         return torch.randn(size) if self.config.latent_init == "normal" else torch.zeros(size)
-
-    def _check_shape(self, x: Tensor) -> None:
-        if not x.is_floating_point() or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"This DGD takes floating-point x of shape [N, {', '.join(map(str, self.shape))}], "
-                             f"given {x.dtype} {list(x.shape)}. `Data.pixels` turns images of bytes into floats.")
 
     def _log_pz(self, z: Tensor, labels: Tensor | None) -> Tensor:
         return self.prior(z, labels) if self.config.classes else self.prior(z)
