@@ -33,8 +33,10 @@ _PUBLIC = {
     "VAE": "systems.vae:VAE",
     "VAEConfig": "systems.vae:VAEConfig",
     "fit": "trainer:fit",
+    "frechet_distance": "metrics:frechet_distance",
     "load_data": "data:load",
     "load_system": "systems:load_system",
+    "log_likelihood": "diagnostics:log_likelihood",
 }
 __all__ = list(_PUBLIC)
 
