@@ -18,6 +18,7 @@ VARIANTS = {
     "vae-warmup": (VAE, VAEConfig(warmup="linear", warmup_steps=30, free_bits=0.1, free_bits_per="dimension")),
     "vae-cyclical": (VAE, VAEConfig(warmup="cyclical", warmup_steps=8, activation="relu", free_bits=1.0)),
     "vae-target": (VAE, VAEConfig(target_kl=2.0, warmup="linear", warmup_steps=10)),
+    "vae-conv-skip": (VAE, VAEConfig(network="conv", affine_skip=True)),
     "vae-handicapped": (VAE, VAEConfig(heads="relu_sigmoid", normalize_beta=True)),
 }
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS

@@ -35,6 +35,9 @@ PRESETS = {
     "vae-mixture": Preset(VAE, VAEConfig(prior="mixture"), TrainConfig(batch_size=100), "the same with a mixture prior"),
     "vae-gaussian": Preset(VAE, VAEConfig(likelihood="gaussian"), TrainConfig(batch_size=100),
                            "the same with Gaussian pixels of learned variance"),
+    "vae-residual": Preset(VAE, VAEConfig(network="residual", affine_skip=True, hidden=(400,) * 5, activation="relu",
+                                          likelihood="gaussian"), TrainConfig(batch_size=100),
+                           "residual decoder with an affine skip, Gaussian pixels of learned variance; widths are our choice"),
     "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
 }
 

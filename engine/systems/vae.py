@@ -11,6 +11,11 @@ schedules and what may take its place: free bits, a target. An AE has no posteri
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
 parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
 
+Deep decoders may leave all of z unused, a local minimum from which `affine_skip`, a decoder f(z) + W z + b, and more
+dimensions than the data have lead out; with a learned variance the superfluous ones turn to noise ("On the
+Regularization Balance in Autoencoder-Based Generative Models", §4–6). `network="residual"` is its MNIST model, a decoder
+of 3 residual blocks of 2 layers, whose widths it does not give; its encoder has 6 layers, 5 of them `hidden`.
+
 Traps. The loss is a sum over pixels; one that averages over them has β at 1/P of the value here. Schuster & Krogh
 (A.2) multiply their β by latent_dim / P, which `normalize_beta` does, and do not say whether their squared error is a
 mean; a summed squared error is a Gaussian of the fixed variance ½. Their VAE has a ReLU on the means and a sigmoid on
@@ -61,9 +66,10 @@ class AEConfig:
     """Defaults: the networks of Burda et al. 2016 (§5)."""
 
     latent_dim: int = 50
-    network: Literal["mlp", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3 of its paper, for 32×32
-    hidden: tuple[int, ...] = (200, 200)  # layers of mlp; the decoder has them in reverse
-    activation: Literal["tanh", "relu"] = "tanh"  # of mlp
+    network: Literal["mlp", "residual", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: its A.3, for 32×32
+    affine_skip: bool = False  # adds W z + b to the outputs of the decoder
+    hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
+    activation: Literal["tanh", "relu"] = "tanh"  # of these layers
     capacity: int = 32  # channels that those of the other networks are multiples of
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # of a pixel
     mean_activation: Literal["identity", "sigmoid"] = "identity"  # of the Gaussian's mean
@@ -305,7 +311,7 @@ def _check_kl(config: VAEConfig) -> None:
 
 
 def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
-    if config.network == "mlp":
+    if config.network in ("mlp", "residual"):
         return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
     if config.network == "conv":
         return networks.conv_encoder(shape, outputs * config.latent_dim, config.capacity)
@@ -316,10 +322,16 @@ def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Modul
 def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
     if config.network == "mlp":
         decoder = networks.mlp_decoder(config.latent_dim, shape, config.hidden[::-1], config.activation)
+    elif config.network == "residual":
+        if not config.hidden:
+            raise ValueError("network='residual' takes the width of its decoder from the last of hidden, given ().")
+        decoder = networks.residual_decoder(config.latent_dim, shape, config.hidden[-1])
     elif config.network == "conv":
         decoder = networks.conv_decoder(config.latent_dim, shape, config.capacity)
     else:
         decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
+    if config.affine_skip:
+        decoder = networks.AffineBridge(decoder, config.latent_dim, math.prod(shape))
     squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid"
     return nn.Sequential(decoder, nn.Sigmoid()) if squash else decoder
 
