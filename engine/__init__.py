@@ -22,6 +22,8 @@ _PUBLIC = {
     "DGDConfig": "systems.dgd:DGDConfig",
     "Data": "data:Data",
     "GaussianMixturePrior": "priors:GaussianMixturePrior",
+    "IWAE": "systems.iwae:IWAE",
+    "IWAEConfig": "systems.iwae:IWAEConfig",
     "OptimizerConfig": "system:OptimizerConfig",
     "PRESETS": "systems:PRESETS",
     "Phase": "system:Phase",

@@ -10,6 +10,12 @@ Bounds of several samples are `latent_engine.kernels.importance_objective`. What
     free bits, dimension    Σ_d max(mean_n KL_nd, λ)          (Kingma et al. 2016, Eq. 15, a group a dimension)
     target KL               |mean_n Σ_d KL_nd − C|            (Burgess et al. 2018, Eq. 8)
 
+and of log p(x | z), against outliers among the rows (β-divergence: Futami et al. 2018; Akrami et al. 2022):
+
+    (1 + β)/β · (p(x | z)^β − 1) − ∫ p(x' | z)^(1 + β) dx'    →  log p(x | z) − 1 for β → 0
+
+whose gradient weighs a row by p(x | z)^β.
+
 All in nats.
 """
 
@@ -63,6 +69,14 @@ def free_bits_per_dimension(kl: Tensor, nats: float) -> Tensor:
 def distance_to_target(kl: Tensor, nats: Tensor | float) -> Tensor:
     """|mean over rows of the KL − C|: `[N]` or `[N, D]`, summed over dimensions -> a scalar."""
     return (kl.sum() / len(kl) - nats).abs()
+
+
+def beta_divergence_score(log_px_z: Tensor, log_power_integral: Tensor, beta: float) -> Tensor:
+    """Robust counterpart of log p(x | z), to be maximised; one of all features together, so that β is small for many.
+
+    `log_power_integral` is log ∫ p(x' | z)^(1 + β) dx', of a shape that broadcasts against `log_px_z`.
+    """
+    return (1 + beta) / beta * (beta * log_px_z).expm1() - log_power_integral.exp()
 
 
 def linear_warmup(step: Tensor, steps: int) -> Tensor:

@@ -4,8 +4,9 @@
     Gaussian    log p = −½ Σ_p (x_p − m_p)²/γ + log(2π γ)         m: means, γ: variance
 
 `x` are rows `[N, ...]`, a decoder's output has their shape, or `[S, N, ...]` for S samples of each; log p is `[N]` or
-`[S, N]`. The variance is fixed (`Gaussian`), learned (`LearnedGaussian`), or the best one (`OptimalGaussian`): the mean
-squared error, at which −log p is ½ P log γ but for a constant (Dai & Wipf 2019; Rybkin et al. 2021).
+`[S, N]`. The variance is fixed (`Gaussian`), learned (`LearnedGaussian`), the decoder's for each feature
+(`DecodedGaussian`), or the best one (`OptimalGaussian`): the mean squared error, at which −log p is ½ P log γ but for a
+constant (Dai & Wipf 2019; Rybkin et al. 2021).
 
 Traps. γ is a variance in the papers; the code of Dai & Wipf learns the logarithm of a standard deviation of that name,
 which moves log γ twice as far a step under Adam. Where the decoder fits all pixels, γ tends to 0 and log p to ∞.
@@ -51,6 +52,13 @@ class Bernoulli:
         logits = logits.flatten(1)
         return torch.addmm(-F.softplus(logits).sum(1), x.flatten(1), logits.T)
 
+    def log_power_integral(self, logits: Tensor, power: float, event_dims: int) -> Tensor:
+        """log Σ_x p(x)^power over all x of zeros and ones, summed over the last `event_dims` axes of `logits`."""
+        # Of log(σ(l)^a + σ(−l)^a) = softplus(a l) − a softplus(l), softplus(l) is −log p(0).
+        zeros = logits.new_zeros(logits.shape[logits.dim() - event_dims:])
+        one, scaled = (kernels.bernoulli_log_prob(zeros, l, event_dims=event_dims) for l in (logits, power * logits))
+        return power * one - scaled
+
     def mean(self, logits: Tensor) -> Tensor:
         """E[x], of the shape of `logits`."""
         return logits.sigmoid()
@@ -78,6 +86,11 @@ class Gaussian:
         """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
         return gaussian_log_prob(mean, x, self.std)
 
+    def log_power_integral(self, mean: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `mean`, the same for all means: `[]`."""
+        log_var = mean.new_tensor(2 * math.log(self.std))
+        return _gaussian_log_power_integral(log_var, power).expand(mean.shape[mean.dim() - event_dims:]).sum()
+
     def pairwise_log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
         """Each of N rows of `x` against each of K decoded candidates -> `[N, K]`."""
         mean, x = mean.flatten(1), x.flatten(1)
@@ -91,6 +104,41 @@ class Gaussian:
     def sample(self, mean: Tensor, generator: Generator | None = None) -> Tensor:
         """x of the shape of `mean`."""
         return mean + self.std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+
+
+@dataclass(frozen=True)
+class DecodedGaussian:
+    """Independent Gaussian pixels; the decoder gives their means and log-variances, side by side in the channels.
+
+    Its output is `[..., 2C, H, W]` for x `[..., C, H, W]` (Kingma & Welling 2014, appendix C.2). `sigmoid` confines the
+    means to (0, 1).
+    """
+
+    sigmoid: bool = False
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
+        mean, log_var = self._split(output)
+        return kernels.gaussian_log_prob(x, mean, log_var, event_dims=x.dim() - 1)
+
+    def log_power_integral(self, output: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `output`, `[N]` or `[S, N]`."""
+        _, log_var = self._split(output)
+        return _gaussian_log_power_integral(log_var, power).flatten(-event_dims).sum(-1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x] `[..., C, H, W]`."""
+        return self._split(output)[0]
+
+    def sample(self, output: Tensor, generator: Generator | None = None) -> Tensor:
+        """x `[..., C, H, W]`."""
+        mean, log_var = self._split(output)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return torch.addcmul(mean, (0.5 * log_var).exp(), noise)
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_var = output.chunk(2, -3)
+        return (mean.sigmoid() if self.sigmoid else mean), log_var
 
 
 class _GaussianOfVariance(nn.Module):
@@ -110,6 +158,10 @@ class _GaussianOfVariance(nn.Module):
         """x of the shape of `mean`."""
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + self.variance.sqrt() * noise
+
+    def log_power_integral(self, mean: Tensor, power: float, event_dims: int) -> Tensor:
+        """log ∫ p(x)^power dx over the last `event_dims` axes of `mean`, the same for all means: `[]`."""
+        return _gaussian_log_power_integral(self.variance.log(), power).expand(mean.shape[mean.dim() - event_dims:]).sum()
 
     def _log_var(self, mean: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -160,6 +212,11 @@ class OptimalGaussian(_GaussianOfVariance):
         best = kernels.gaussian_variance(x, mean, tuple(self.variance.shape))
         self.variance.lerp_(best.to(self.variance.dtype), 0.1)
         return best.clamp_min(torch.finfo(best.dtype).tiny).log()
+
+
+def _gaussian_log_power_integral(log_var: Tensor, power: float) -> Tensor:
+    """log ∫ N(x; m, σ²)^a dx = ½ [(1 − a) log(2π σ²) − log a], elementwise."""
+    return 0.5 * ((1 - power) * (log_var + math.log(2 * math.pi)) - math.log(power))
 
 
 def _check_variance(variance: float) -> None:

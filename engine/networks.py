@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
 
 
 class UpConv2d(nn.ConvTranspose2d):
@@ -46,7 +46,7 @@ def dgd_mnist_decoder(latent_dim: int = 2) -> nn.Sequential:
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu") -> nn.Sequential:
-    """Linear layers between consecutive `sizes`, with "relu" or "tanh" after each but the last."""
+    """Linear layers between consecutive `sizes`, with one of ACTIVATIONS after each but the last."""
     layers = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), ACTIVATIONS[activation]())]
     return nn.Sequential(*layers[:-1])
 

@@ -74,3 +74,12 @@ def test_schedules_rise_to_one():
     assert bounds.linear_warmup(steps, 4).tolist() == [0, 0.25, 0.5, 0.75, *[1] * 7]
     assert bounds.cyclical_warmup(steps, 4).tolist() == [0, 0.5, 1, 1, 0, 0.5, 1, 1, 0, 0.5, 1]
     assert bounds.cyclical_warmup(steps[:4], 4, rise=0.25).tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
+def test_beta_divergence_score_is_best_for_the_truth(beta):
+    """The mean over x ~ Bernoulli(0.3) of the score of Bernoulli(p) has its maximum at p = 0.3."""
+    p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    integral = (p ** (1 + beta) + (1 - p) ** (1 + beta)).log()
+    score = sum(w * bounds.beta_divergence_score(q.log(), integral, beta) for w, q in ((0.3, p), (0.7, 1 - p)))
+    assert p[score.argmax()].item() == pytest.approx(0.3)

@@ -1,12 +1,14 @@
 """What every system does: it learns, resumes to the same bits, comes back from disk, and samples."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
+from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4}
@@ -20,6 +22,12 @@ VARIANTS = {
     "vae-target": (VAE, VAEConfig(target_kl=2.0, warmup="linear", warmup_steps=10)),
     "vae-conv-skip": (VAE, VAEConfig(network="conv", affine_skip=True)),
     "vae-handicapped": (VAE, VAEConfig(heads="relu_sigmoid", normalize_beta=True)),
+    "vae-decoded-variance": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", mean_activation="sigmoid",
+                                            activation="softplus")),
+    "vae-decoded-conv": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", network="conv")),
+    "vae-robust-gaussian": (VAE, VAEConfig(likelihood="gaussian", divergence_beta=0.01)),
+    "iwae-gaussian-mixture": (IWAE, IWAEConfig(likelihood="gaussian", prior="mixture", estimator="stl")),
+    "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),
 }
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS
 

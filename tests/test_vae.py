@@ -12,7 +12,7 @@ from torch import nn
 
 from latent_engine import AE, VAE, AEConfig, Batch, Data, TrainConfig, VAEConfig, fit, load_data
 from latent_engine.bounds import Posterior, reparametrize
-from latent_engine.likelihoods import LearnedGaussian, OptimalGaussian
+from latent_engine.likelihoods import DecodedGaussian, LearnedGaussian, OptimalGaussian
 from latent_engine.networks import conv_decoder, conv_encoder, dgd_cifar_decoder, dgd_cifar_encoder, set_output_bias
 from latent_engine.priors import HierarchicalPrior
 
@@ -169,6 +169,57 @@ def test_handicapped_heads_are_the_exponentials_of_a_sigmoid_and_never_negative(
     torch.testing.assert_close((0.5 * log_var).exp(), raw[:, 4:].sigmoid())
 
 
+def test_a_decoder_may_give_the_variance_of_each_pixel():
+    likelihood, rng = DecodedGaussian(sigmoid=True), np.random.default_rng(0)
+    output, x = torch.from_numpy(rng.normal(size=(3, 4, 2, 3, 5))), torch.from_numpy(rng.random((4, 1, 3, 5)))
+    raw = output.numpy()
+    pixels = NORMAL(1 / (1 + np.exp(-raw[:, :, :1])), np.exp(0.5 * raw[:, :, 1:]))
+    np.testing.assert_allclose(likelihood.log_prob(output, x), pixels.logpdf(x).sum((2, 3, 4)))
+    np.testing.assert_allclose(likelihood.mean(output), pixels.mean())
+    draws = likelihood.sample(output.expand(5000, *output.shape), torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(draws.std(0), pixels.std(), rtol=0.06)
+    # By quadrature: the integral of a power of the density of one row.
+    grid = np.linspace(-40, 40, 100_001)
+    integrals = [np.trapezoid(NORMAL(0, s).pdf(grid) ** 1.3, grid) for s in pixels.std()[2, 1].ravel()]
+    found = likelihood.log_power_integral(output, 1.3, 3)
+    assert found.shape == (3, 4) and found[2, 1].item() == pytest.approx(np.log(integrals).sum())
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_the_robust_loss_is_a_beta_divergence(likelihood):
+    """(1 + β)/β (p^β − 1) − ∫ p^(1 + β) of all pixels together; the sum over images of two values, by brute force."""
+    system, batch = tiny(likelihood=likelihood, divergence_beta=0.2, variance=0.7)
+    mean, std, _, output = seen(system, batch.x)
+    output, x = output.reshape(6, 15), batch.x.numpy().reshape(6, 15)
+    if likelihood == "bernoulli":
+        p = 1 / (1 + np.exp(-output))
+        density = np.where(x == 1, p, 1 - p).prod(1)
+        images = (np.arange(2**15)[:, None] >> np.arange(15)) & 1
+        integral = np.array([np.where(images == 1, row, 1 - row).prod(1).__pow__(1.2).sum() for row in p])
+    else:
+        density = NORMAL(output, math.sqrt(0.7)).pdf(x).prod(1)
+        grid = np.linspace(-20, 20, 100_001)
+        integral = np.trapezoid(NORMAL(0, math.sqrt(0.7)).pdf(grid) ** 1.2, grid) ** 15
+    expected = kl(mean, std).mean() - (1.2 / 0.2 * (density**0.2 - 1) - integral).mean()
+    assert loss(system, batch)["total"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_robust_loss_is_the_vae_s_for_small_beta_and_heeds_an_outlier_less():
+    plain, batch = tiny(likelihood="gaussian", gamma="fixed")
+    robust, _ = tiny(likelihood="gaussian", gamma="fixed", divergence_beta=1e-7)
+    assert loss(robust, batch)["total"] == pytest.approx(loss(plain, batch)["total"] + 1, rel=1e-5)
+    outlier = torch.cat([batch.x[:5], batch.x[5:] + 10])
+
+    def pull(system):
+        """Gradient of the output bias, of which each row's part is its residual, weighted."""
+        system.zero_grad()
+        torch.manual_seed(0)
+        system.loss(Batch(outlier, batch.index), "main")["total"].backward()
+        return system.decoder[-2].bias.grad.norm()
+    strong, _ = tiny(likelihood="gaussian", gamma="fixed", divergence_beta=0.1)
+    assert pull(plain) > 5 and pull(strong) < 1
+
+
 def test_optimal_variance_is_the_mean_squared_error_and_evaluation_remembers_it():
     likelihood, rng = OptimalGaussian().double(), np.random.default_rng(0)
     x, mean = torch.from_numpy(rng.normal(size=(4, 2, 3))), torch.from_numpy(rng.normal(size=(5, 4, 2, 3))).requires_grad_()
@@ -220,8 +271,9 @@ def test_a_fixed_gaussian_has_no_child_that_steps():
 
 @pytest.mark.parametrize("settings", [
     {}, {"network": "conv"}, {"likelihood": "gaussian"}, {"likelihood": "gaussian", "mean_activation": "sigmoid"},
-    {"network": "residual", "affine_skip": True}, {"likelihood": "gaussian", "mean_activation": "sigmoid", "affine_skip": True},
-], ids=["mlp", "conv", "gaussian", "sigmoid", "residual", "skip"])
+    {"likelihood": "gaussian", "gamma": "decoded"}, {"network": "residual", "affine_skip": True},
+    {"likelihood": "gaussian", "mean_activation": "sigmoid", "affine_skip": True},
+], ids=["mlp", "conv", "gaussian", "sigmoid", "decoded", "residual", "skip"])
 def test_a_decoder_starts_from_the_mean_of_the_data(settings):
     data = load_data("mnist5k").pixels(binarize=True)
     system = VAE.for_data(VAEConfig(**settings), data)
@@ -287,12 +339,14 @@ def test_a_vae_reconstructs_new_digits_better_than_the_best_linear_decoder_of_as
     ({"network": "resnet"}, "network must be one of mlp, .* given 'resnet'"),
     ({"latent_dim": 0}, "latent_dim must be at least 1, given 0"),
     ({"samples": 0}, "samples must be at least 1, given 0"),
-    ({"hidden": (20, 0)}, r"hidden must be sizes of at least 1, given \(20, 0\)"),
+    ({"hidden": (20, 0)}, r"hidden must be at least 1, given \(20, 0\)"),
     ({"variance": 0.0}, r"variance must be positive and finite, given 0\.0"),
     ({"beta": -1.0}, r"beta must be at least 0 and finite, given -1\.0"),
     ({"free_bits": math.nan}, "free_bits must be at least 0 and finite, given nan"),
     ({"warmup": "linear"}, "warmup='linear' and warmup_steps=0 contradict"),
     ({"warmup_steps": 5}, "warmup='none' and warmup_steps=5 contradict"),
+    ({"divergence_beta": -0.1}, r"divergence_beta must be at least 0 and finite, given -0\.1"),
+    ({"divergence_beta": 0.1, "likelihood": "gaussian", "gamma": "optimal"}, "not under divergence_beta"),
     ({"free_bits": 1.0, "target_kl": 1.0}, "free_bits and target_kl both take the place"),
     ({"free_bits": 1.0, "free_bits_per": "dimension", "prior": "mixture"}, "KL divergence to a mixture prior has no part"),
     ({"network": "conv"}, r"multiples of 4, given \[3, 5\]"),

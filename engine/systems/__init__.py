@@ -1,5 +1,6 @@
 """The published systems, one file a family, and their named presets."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +9,10 @@ from ..checkpoint import CheckpointError, read_description
 from ..system import System
 from ..trainer import TrainConfig
 from .dgd import DGD, DGDConfig
+from .iwae import IWAE, IWAEConfig
 from .vae import AE, VAE, AEConfig, VAEConfig
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE)}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ PRESETS = {
                                           likelihood="gaussian"), TrainConfig(batch_size=100),
                            "residual decoder with an affine skip, Gaussian pixels of learned variance; widths are our choice"),
     "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
+    "robust-vae": Preset(VAE, VAEConfig(divergence_beta=0.005), TrainConfig(batch_size=100),
+                         "outliers count less (β-divergence)"),
+    "iwae": Preset(IWAE, IWAEConfig(), TrainConfig(batch_size=20), "Burda et al., 50 samples"),
+    "iwae-2": Preset(IWAE, IWAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=20),
+                     "the same with two stochastic layers"),
+    "iwae-dreg": Preset(IWAE, IWAEConfig(estimator="dreg"), TrainConfig(batch_size=20), "the same, doubly reparametrised"),
+    "miwae": Preset(IWAE, IWAEConfig(samples=64, groups=8), TrainConfig(batch_size=20), "mean of 8 bounds of 8 samples"),
+    "ciwae": Preset(IWAE, IWAEConfig(samples=64, elbo_weight=0.5), TrainConfig(batch_size=20), "half IWAE, half ELBO"),
+    "piwae": Preset(IWAE, IWAEConfig(samples=64, groups=8, estimator="piwae"), TrainConfig(batch_size=20),
+                    "decoder by IWAE, encoder by MIWAE"),
+    "vr": Preset(IWAE, IWAEConfig(alpha=0.5), TrainConfig(batch_size=100), "Rényi bound of order 1/2"),
+    "vr-max": Preset(IWAE, IWAEConfig(alpha=-math.inf), TrainConfig(batch_size=100), "the best of 50 samples"),
 }
 
 

@@ -6,7 +6,9 @@ An encoder gives q(z | x) = N(μ(x), diag σ²(x)), a decoder p(x | z). A VAE mi
 
 with sums over pixels and latents, the expectation taken over `samples` reparametrised draws (one, in the paper). The KL
 is in closed form for p(z) = N(0, I), else the entropy of q less the mean of log p(z) over the draws. `bounds` has its
-schedules and what may take its place: free bits, a target. An AE has no posterior: −log p(x | f(x)) alone.
+schedules and what may take its place: free bits, a target. With `divergence_beta` log p(x | z) gives way to its robust
+counterpart, which an outlier moves less: p(x | z)^β is of all pixels together, so a β of 0.01 is much for 784 binary
+ones, and for densities it grows without bound with γ → 0. An AE has no posterior: −log p(x | f(x)) alone.
 
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
 parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
@@ -36,13 +38,26 @@ from .. import bounds, networks
 from ..bounds import Posterior
 from ..data import Data
 from ..kernels import importance_log_weights
-from ..likelihoods import Bernoulli, Gaussian, LearnedGaussian, OptimalGaussian, check_unit_interval
+from ..likelihoods import (
+    Bernoulli,
+    DecodedGaussian,
+    Gaussian,
+    LearnedGaussian,
+    OptimalGaussian,
+    check_unit_interval,
+)
 from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
 from ..system import Batch, OptimizerConfig, System, check_choices
 
 
 def _adam() -> OptimizerConfig:
     return OptimizerConfig("adam", lr=1e-3)
+
+
+def _check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    for name, given in sizes.items():
+        if any(size < 1 for size in (given if isinstance(given, tuple) else (given,))):
+            raise ValueError(f"{name} must be at least 1, given {given}.")
 
 
 @dataclass(frozen=True)
@@ -69,13 +84,20 @@ class AEConfig:
     network: Literal["mlp", "residual", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: its A.3, for 32×32
     affine_skip: bool = False  # adds W z + b to the outputs of the decoder
     hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
-    activation: Literal["tanh", "relu"] = "tanh"  # of these layers
+    activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of these layers
     capacity: int = 32  # channels that those of the other networks are multiples of
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # of a pixel
     mean_activation: Literal["identity", "sigmoid"] = "identity"  # of the Gaussian's mean
-    gamma: Literal["learned", "learned_std", "optimal", "fixed"] = "learned"  # Gaussian: variance, or by log of its root
-    variance: float = 1.0  # of the Gaussian: fixed, or where γ starts
+    # Variance of the Gaussian: learned, through its logarithm or that of its root, or the decoder's for each pixel.
+    gamma: Literal["learned", "learned_std", "optimal", "fixed", "decoded"] = "learned"
+    variance: float = 1.0  # its value if fixed, else where it starts
     optim: AEOptim = field(default_factory=AEOptim)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_sizes(latent_dim=self.latent_dim, hidden=self.hidden, capacity=self.capacity)
+        if not 0 < self.variance < math.inf:
+            raise ValueError(f"variance must be positive and finite, given {self.variance}.")
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,10 @@ class EncoderConfig(AEConfig):
     samples: int = 1  # of z for a row
     optim: VAEOptim = field(default_factory=VAEOptim)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+
 
 @dataclass(frozen=True)
 class VAEConfig(EncoderConfig):
@@ -102,13 +128,30 @@ class VAEConfig(EncoderConfig):
     free_bits: float = 0.0  # nats of KL without gradient
     free_bits_per: Literal["batch", "dimension"] = "batch"  # for the mean KL of a batch, or in each dimension
     target_kl: float = 0.0  # > 0: beta |KL − target_kl|, in nats
+    divergence_beta: float = 0.0  # > 0: robust reconstruction by the β-divergence of this β
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "free_bits", "target_kl", "warmup_steps", "divergence_beta"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, given {getattr(self, name)}.")
+        if (self.warmup != "none") != (self.warmup_steps > 0):
+            raise ValueError(f"warmup={self.warmup!r} and warmup_steps={self.warmup_steps} contradict each other: "
+                             "a warm-up takes at least one step, and none takes 0.")
+        if self.divergence_beta and self.likelihood == "gaussian" and self.gamma == "optimal":
+            raise ValueError("gamma='optimal' is the best variance for an ELBO, not under divergence_beta; use 'learned'.")
+        if self.free_bits and self.target_kl:
+            raise ValueError("free_bits and target_kl both take the place of the KL divergence: set one of them to 0.")
+        if self.free_bits and self.free_bits_per == "dimension" and self.prior != "normal":
+            raise ValueError(f"The KL divergence to a {self.prior} prior has no part for each dimension: "
+                             "free_bits_per='dimension' needs prior='normal'.")
 
 
 class AE(System):
     """An autoencoder of observations of `shape` (C, H, W).
 
     `encoder` maps `[N, C, H, W]` to `[N, latent_dim]`, `decoder` maps `[N, latent_dim]` to logits or means
-    `[N, C, H, W]`; left out, they are those of `config.network`.
+    `[N, C, H, W]`, with gamma="decoded" to `[N, 2C, H, W]`; left out, they are those of `config.network`.
     Children: `encoder`, `decoder`, `likelihood` where its variance is not fixed.
     """
 
@@ -120,7 +163,6 @@ class AE(System):
     def __init__(self, config: AEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:
         super().__init__()
-        check_config(config)
         self.config, self.shape = config, tuple(shape)
         self.encoder = encoder or _encoder(config, self.shape, self.outputs)
         self.decoder = decoder or _decoder(config, self.shape)
@@ -134,6 +176,8 @@ class AE(System):
         mean = data.x.mean(0)
         if config.likelihood == "bernoulli" or config.mean_activation == "sigmoid":
             mean = mean.clamp(1e-3, 1 - 1e-3).logit()
+        if _is_decoded(config):
+            mean = torch.cat([mean, torch.full_like(mean, math.log(config.variance))])
         networks.set_output_bias(system.decoder, mean)
         return system
 
@@ -214,9 +258,10 @@ class VAE(AE):
         """Sums over pixels and latents, mean over the batch, in nats."""
         posterior = self.encode(batch.x)
         z = bounds.reparametrize(posterior, self.config.samples)
-        log_px_z = self.likelihood.log_prob(self._decoder_output(z), batch.x)
-        kl = self._kl(posterior, z)
-        total = self._kl_loss(kl) - log_px_z.mean()
+        output = self._decoder_output(z)
+        log_px_z = self.likelihood.log_prob(output, batch.x)
+        kl = self._kl(posterior, self._log_pz(z))
+        total = self._kl_loss(kl) - self._fit(log_px_z, output).mean()
         per_row = kl.sum(1) if kl.dim() == 2 else kl
         return {"total": total, "log_px_z": log_px_z.mean(), "kl": per_row.mean(),
                 "elbo": bounds.elbo(log_px_z, per_row).mean(), **self._gamma()}
@@ -258,10 +303,17 @@ class VAE(AE):
             return None
         return self.prior(z, generator=generator) if self.config.prior == "hierarchical" else self.prior(z)
 
-    def _kl(self, posterior: Posterior, z: Tensor) -> Tensor:
-        """KL(q(z | x) ‖ p(z)), `[N, D]` where it is a sum over dimensions, else an estimate from `z`, `[N]`."""
-        log_pz = self._log_pz(z)
+    def _kl(self, posterior: Posterior, log_pz: Tensor | None) -> Tensor:
+        """KL(q(z | x) ‖ p(z)), `[N, D]` where it has a closed form, else an estimate from log p(z) of samples, `[N]`."""
         return bounds.kl_to_normal(posterior) if log_pz is None else -bounds.entropy(posterior) - log_pz.mean(0)
+
+    def _fit(self, log_px_z: Tensor, output: Tensor) -> Tensor:
+        """What stands for log p(x | z) in the loss, `[S, N]`."""
+        beta = self.config.divergence_beta
+        if not beta:
+            return log_px_z
+        integral = self.likelihood.log_power_integral(output, 1 + beta, len(self.shape))
+        return bounds.beta_divergence_score(log_px_z, integral, beta)
 
     def _kl_loss(self, kl: Tensor) -> Tensor:
         """What stands for the KL in the loss, a scalar."""
@@ -281,35 +333,6 @@ class VAE(AE):
         return schedule(self.step, config.warmup_steps)
 
 
-def check_config(config: AEConfig) -> None:
-    """Raises ValueError for settings that are out of range or contradict each other."""
-    check_choices(config)
-    for name in ("latent_dim", "capacity", "components", "top_dim", "samples"):
-        if getattr(config, name, 1) < 1:
-            raise ValueError(f"{name} must be at least 1, given {getattr(config, name)}.")
-    for name in ("hidden", "top_hidden"):
-        if any(size < 1 for size in getattr(config, name, ())):
-            raise ValueError(f"{name} must be sizes of at least 1, given {getattr(config, name)}.")
-    if not 0 < config.variance < math.inf:
-        raise ValueError(f"variance must be positive and finite, given {config.variance}.")
-    if isinstance(config, VAEConfig):
-        _check_kl(config)
-
-
-def _check_kl(config: VAEConfig) -> None:
-    for name in ("beta", "free_bits", "target_kl", "warmup_steps"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, given {getattr(config, name)}.")
-    if (config.warmup != "none") != (config.warmup_steps > 0):
-        raise ValueError(f"warmup={config.warmup!r} and warmup_steps={config.warmup_steps} contradict each other: "
-                         "a warm-up takes at least one step, and none takes 0.")
-    if config.free_bits and config.target_kl:
-        raise ValueError("free_bits and target_kl both take the place of the KL divergence: set one of them to 0.")
-    if config.free_bits and config.free_bits_per == "dimension" and config.prior != "normal":
-        raise ValueError(f"The KL divergence to a {config.prior} prior has no part for each dimension: "
-                         "free_bits_per='dimension' needs prior='normal'.")
-
-
 def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
     if config.network in ("mlp", "residual"):
         return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
@@ -320,6 +343,8 @@ def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Modul
 
 
 def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
+    if _is_decoded(config):
+        shape = (2 * shape[0], *shape[1:])
     if config.network == "mlp":
         decoder = networks.mlp_decoder(config.latent_dim, shape, config.hidden[::-1], config.activation)
     elif config.network == "residual":
@@ -332,19 +357,26 @@ def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
         decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
     if config.affine_skip:
         decoder = networks.AffineBridge(decoder, config.latent_dim, math.prod(shape))
-    squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid"
+    squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid" and not _is_decoded(config)
     return nn.Sequential(decoder, nn.Sigmoid()) if squash else decoder
+
+
+def _is_decoded(config: AEConfig) -> bool:
+    """Whether the decoder gives variances too."""
+    return config.likelihood == "gaussian" and config.gamma == "decoded"
 
 
 def _depth(config: AEConfig) -> str:
     return config.network.partition("-")[2] or "standard"
 
 
-def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | LearnedGaussian | OptimalGaussian:
+def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | DecodedGaussian | LearnedGaussian | OptimalGaussian:
     if config.likelihood == "bernoulli":
         return Bernoulli()
     if config.gamma == "fixed":
         return Gaussian(math.sqrt(config.variance))
+    if config.gamma == "decoded":
+        return DecodedGaussian(sigmoid=config.mean_activation == "sigmoid")
     if config.gamma == "optimal":
         return OptimalGaussian(config.variance)
     return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
