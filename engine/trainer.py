@@ -62,7 +62,7 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, run_di
         A record an epoch: "epoch", "step", "seconds" (of the epoch), and each term of the loss as a mean over the rows.
 
     Raises:
-        ValueError: the data do not fit the system.
+        ValueError: the data do not fit the system, or a phase begins after the last epoch.
         CheckpointError: see `RunDirectory`; raised before training starts.
         FloatingPointError: the loss of an epoch is not finite. The last checkpoint is from before it.
     """
@@ -73,6 +73,7 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, run_di
     if resume and run_dir is None:
         raise ValueError("resume=True needs run_dir, the folder of the run to continue.")
     phases = system.phases()
+    _check_reached(phases, config.epochs)
     optimizers = make_optimizers(system, phases)
     run, records, step, done = None, [], 0, 0
     if run_dir is not None:
@@ -109,6 +110,13 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, run_di
     return records
 
 
+def _check_reached(phases: tuple[Phase, ...], epochs: int) -> None:
+    for phase in phases:
+        if 0 < epochs < phase.first_epoch:
+            raise ValueError(f"Phase {phase.name!r} begins with epoch {phase.first_epoch}, and training has {epochs} epochs: "
+                             "raise epochs, or lower the epochs of the phases before it.")
+
+
 class _Loop:
     """One pass over the data after another."""
 
@@ -130,7 +138,7 @@ class _Loop:
         for first in range(0, len(order), self.batches_per_step):
             turn = order[first:first + self.batches_per_step]
             for number, phase in enumerate(self.phases):
-                if step % phase.every:
+                if step % phase.every or not phase.runs_in(epoch):
                     continue
                 for repeat in range(phase.repeat):
                     index = turn[repeat % len(turn)].to(self.x.device)
