@@ -54,7 +54,8 @@ def _adam() -> OptimizerConfig:
     return OptimizerConfig("adam", lr=1e-3)
 
 
-def _check_sizes(**sizes: int | tuple[int, ...]) -> None:
+def check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    """Raises ValueError if one of `sizes` is, or has, a number less than 1."""
     for name, given in sizes.items():
         if any(size < 1 for size in (given if isinstance(given, tuple) else (given,))):
             raise ValueError(f"{name} must be at least 1, given {given}.")
@@ -95,7 +96,7 @@ class AEConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_sizes(latent_dim=self.latent_dim, hidden=self.hidden, capacity=self.capacity)
+        check_sizes(latent_dim=self.latent_dim, hidden=self.hidden, capacity=self.capacity)
         if not 0 < self.variance < math.inf:
             raise ValueError(f"variance must be positive and finite, given {self.variance}.")
 
@@ -114,7 +115,7 @@ class EncoderConfig(AEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class VAE(AE):
         z = bounds.reparametrize(posterior, self.config.samples)
         output = self._decoder_output(z)
         log_px_z = self.likelihood.log_prob(output, batch.x)
-        kl = self._kl(posterior, self._log_pz(z))
+        kl = self._divergence(posterior, z)
         total = self._kl_loss(kl) - self._fit(log_px_z, output).mean()
         per_row = kl.sum(1) if kl.dim() == 2 else kl
         return {"total": total, "log_px_z": log_px_z.mean(), "kl": per_row.mean(),
@@ -302,6 +303,10 @@ class VAE(AE):
         if self.config.prior == "normal":
             return None
         return self.prior(z, generator=generator) if self.config.prior == "hierarchical" else self.prior(z)
+
+    def _divergence(self, posterior: Posterior, z: Tensor) -> Tensor:
+        """The KL divergence of the loss, `[N, D]` or `[N]`."""
+        return self._kl(posterior, self._log_pz(z))
 
     def _kl(self, posterior: Posterior, log_pz: Tensor | None) -> Tensor:
         """KL(q(z | x) ‖ p(z)), `[N, D]` where it has a closed form, else an estimate from log p(z) of samples, `[N]`."""
