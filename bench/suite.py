@@ -11,6 +11,7 @@ from torch import Tensor
 from .timing import Ceilings, Timing, Work, peak_memory, time_calls
 
 TOO_BIG = 8 * 2**30  # bytes of intermediates over which a peer is not run
+KEOPS_DIMENSIONS = 512  # it unrolls them: a formula with gradients over 1,024 compiles for ten minutes
 OURS = "latent-engine"
 
 
@@ -98,7 +99,9 @@ def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result)
             peers[name] = _builder(suite, formula)
         if compiled:
             peers[f"compiled {name}"] = _builder(suite, torch.compile(formula, dynamic=False))
-    if suite.keops and importlib.util.find_spec("pykeops"):
+    if suite.keops and result.sizes["D"] > KEOPS_DIMENSIONS:
+        result.skipped["keops"] = "too many dimensions to compile"
+    elif suite.keops and importlib.util.find_spec("pykeops"):
         peers["keops"] = _builder(suite, suite.keops)
     elif suite.keops:
         result.skipped["keops"] = "not installed"

@@ -41,8 +41,9 @@ void for_each_task(int64_t n, const F& task) {
 // depend on sizes only.
 template <class F>
 void in_parts(int64_t n, int64_t work, const F& f) {
-  const int64_t parts = std::clamp<int64_t>(n * work / kTaskWork, 1, kMaxTasks), step = ceil_div(n, parts);
-  for_each_task(parts, [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
+  const int64_t parts = std::clamp<int64_t>(n * work / kTaskWork, 1, kMaxTasks);
+  const int64_t step = std::max<int64_t>(ceil_div(n, parts), 1);
+  for_each_task(ceil_div(n, step), [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
 }
 
 // Asks for huge pages under a large fresh array: the faults of small ones cost up to four times what filling it does.

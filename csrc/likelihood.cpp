@@ -25,15 +25,12 @@ std::optional<Tensor> with_dense_features(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(with_dense_features(*t)) : std::nullopt;
 }
 
+// A power of two of tasks: three of them would keep two threads busy as long as four.
 LikelihoodGrid cut(int64_t S, int64_t N, int64_t work) {
-  const int64_t tasks = std::clamp<int64_t>(S * N * work / kTaskWork, 1, kMaxTasks);
-  LikelihoodGrid grid;
-  grid.n_rows = std::max<int64_t>(ceil_div(N, std::min(tasks, std::max<int64_t>(N, 1))), 1);
-  grid.n_chunks = ceil_div(N, grid.n_rows);
-  const int64_t chunks = ceil_div(tasks, std::max<int64_t>(grid.n_chunks, 1));
-  grid.s_rows = std::max<int64_t>(ceil_div(S, std::min(chunks, std::max<int64_t>(S, 1))), 1);
-  grid.s_chunks = ceil_div(S, grid.s_rows);
-  return grid;
+  int64_t tasks = 1;
+  while (tasks < std::min(kMaxTasks, S * N * work / kTaskWork)) tasks *= 2;
+  const int64_t n_chunks = std::clamp<int64_t>(N, 1, tasks);
+  return {std::clamp<int64_t>(S, 1, tasks / n_chunks), n_chunks};
 }
 
 // The arguments that both primitives share; keeps their contiguous copies alive.
@@ -127,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   for (int k = 0; k < 3; ++k)
     if (needs[k] && !gradients[k].full) {
       gradients[k].partial = reinterpret_cast<double*>(arena.take(width * round_up(partial[k], 16)));
-      if (P == 0) std::fill_n(gradients[k].partial, partial[k], 0.0);  // no block of features will
+      if (S * N * P == 0) std::fill_n(gradients[k].partial, partial[k], 0.0);  // no block of features will
     }
   const LikelihoodBackward<T> p{call.inputs, grid, grad.const_data_ptr<T>(), {grad.stride(0), grad.stride(1)},
                                 {gradients[0], gradients[1], gradients[2]}};

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -32,12 +33,15 @@ int64_t padded(int64_t n) {
   return round_up(n, 64 / sizeof(T));
 }
 
-template <class T>
-PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch) {
+// `then(columns, first, last)` follows for the same dimensions.
+template <class T, class F>
+PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, const F& then) {
   const int64_t stride = padded<T>(batch.N), size = batch.D * stride;
   const PairColumns<T> columns{stride, arena.take(size), arena.take(size), arena.take(size), arena.take(size)};
-  in_parts(batch.D, 2 * kExp * stride,
-           [&](int64_t first, int64_t last) { ops<T>().columns(batch, columns, first, last); });
+  in_parts(batch.D, 3 * kExp * stride, [&](int64_t first, int64_t last) {
+    ops<T>().columns(batch, columns, first, last);
+    then(columns, first, last);
+  });
   return columns;
 }
 
@@ -71,8 +75,9 @@ std::tuple<Tensor, Tensor> diversity(const Tensor& mu, const Tensor& log_var, bo
   PairTasks<T> tasks = cut(batch);
   Tensor value = empty(mu, {}), unit = empty(mu, {need_grad ? 2 : 0, batch.N, batch.D});
   Arena<T> arena(Scratch::launch, size, size, size, size, need_grad ? 2 * tasks.splits * size : 0);
-  const PairColumns<T> columns = columns_of(arena, batch);
-  in_parts(batch.D, 2 * columns.stride, [&](int64_t first, int64_t last) { ops<T>().halves(batch, columns, first, last); });
+  const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
+    ops<T>().halves(batch, c, first, last);
+  });
   const double pairs = static_cast<double>(batch.N) * (batch.N - 1);
   tasks.scale = static_cast<T>(-1 / pairs);
   if (need_grad) tasks.gradients = arena.take(2 * tasks.splits * size);
@@ -89,31 +94,35 @@ double mean_of(const T* values, int64_t n) {
   return std::accumulate(values, values + n, 0.0) / n;
 }
 
-// The deviation, and its gradients in `unit` if needed, from the pair matrix.
+// The means, and the deviation from the pair matrix, with its gradients in `unit` if needed.
 template <class T>
-double direct_deviation(const Posteriors<T>& batch, double mean, bool need_grad, const Tensor& unit) {
-  const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride;
-  PairTasks<T> tasks = cut(batch);
-  const int64_t gradients = need_grad ? 2 * tasks.splits * size : 0;
-  Arena<T> arena(Scratch::launch, size, size, size, size, gradients, stride, stride, stride, stride * stride);
-  const PairColumns<T> columns = columns_of(arena, batch);
-  if (need_grad) tasks.gradients = arena.take(gradients);
-  T *const log_det = arena.take(stride), *const sums = arena.take(stride), *const squares = arena.take(stride);
-  std::vector<double> log_dets(stride);
-  for (int64_t d = 0; d < D; ++d)  // those of close posteriors must not lose digits to a common level
-    for (int64_t i = 0; i < N; ++i) log_dets[i] += columns.log_var[d * stride + i] - columns.log_var[d * stride];
-  std::copy(log_dets.begin(), log_dets.end(), log_det);
-  PairwiseKlDirect<T> p{batch, columns, tasks, static_cast<T>(mean), log_det, arena.take(stride * stride), sums, squares};
-  const int64_t group = 64 / sizeof(T), pairs = N * (N - 1);
-  in_parts(stride / group, 2 * group * size,
-           [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
-  const T error = static_cast<T>(mean_of(sums, stride) * stride / pairs);
+double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
+  const Posteriors<T>& batch = means.batch;
+  const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
+  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, stride, square, need_grad ? square : 0,
+                 need_grad ? stride : 0);
+  const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
+    ops<T>().means(means, c, first, last);
+  });
+  PairwiseKlDirect<T> p{batch, columns};
+  p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
+  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.squares = arena.take(stride);
+  p.deviations = arena.take(square);
+  const int64_t group = 64 / sizeof(T), groups = stride / group, pairs = N * (N - 1);
+  in_parts(groups, group * D, [&](int64_t first, int64_t last) { ops<T>().log_dets(p, first * group, last * group); });
+  in_parts(groups, 2 * group * size, [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
+  const T error = static_cast<T>(mean_of(p.sums, stride) * stride / pairs);
   in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });
-  const double total = mean_of(squares, stride) * stride, deviation = std::sqrt(total / (pairs - 1));
+  const double spread = std::sqrt(mean_of(p.squares, stride) * stride / (pairs - 1));
+  // Equal divergences may keep a rounding of their mean.
+  const double deviation = spread <= std::numeric_limits<T>::epsilon() * std::abs(error) ? 0 : spread;
   if (!need_grad) return deviation;
-  p.tasks.scale = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * (pairs - 1)));
-  run_pair_tasks(batch, tasks, 6, [&](int64_t task) { ops<T>().direct_gradient(p, task); });
-  collect(batch, columns, p.tasks, unit);
+  p.scale = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * (pairs - 1)));
+  p.turned = arena.take(square), p.balance = arena.take(stride), p.gradients = unit.mutable_data_ptr<T>();
+  in_parts(stride, 4 * stride, [&](int64_t first, int64_t last) { ops<T>().turn(p, first, last); });
+  in_parts(ceil_div(D, kPairDims), kPairDims * N * stride * 6, [&](int64_t first, int64_t last) {
+    ops<T>().direct_gradient(p, first * kPairDims, std::min(D, last * kPairDims));
+  });
   return deviation;
 }
 
@@ -159,13 +168,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& mu, const Tenso
   Tensor mean = empty(mu, {D}), moments = empty(mu, {kMoments, D});
   Tensor deviation = need_std ? empty(mu, {}) : empty(mu, {0}), unit = empty(mu, {need_grad ? 2 : 0, N, D});
   const PairwiseKlMean<T> p{batch, moments.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>()};
-  in_parts(D, (2 * kExp + 16) * N, [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
-  if (need_std) {
-    const double total = std::accumulate(p.mean, p.mean + D, 0.0);
-    *deviation.mutable_data_ptr<T>() = static_cast<T>(N < 4 * D + 8
-                                                          ? direct_deviation(batch, total, need_grad, unit)
-                                                          : gram_deviation(batch, p.moments + centre * D, need_grad, unit));
-  }
+  const bool direct = need_std && N < 4 * D + 8;
+  if (!direct) in_parts(D, (2 * kExp + 16) * N, [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
+  if (need_std)
+    *deviation.mutable_data_ptr<T>() = static_cast<T>(
+        direct ? direct_deviation(p, need_grad, unit) : gram_deviation(batch, p.moments + centre * D, need_grad, unit));
   return {mean, deviation, moments, unit};
 }
 

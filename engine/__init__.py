@@ -37,8 +37,10 @@ _PUBLIC = {
     "VAEPlus": "systems.two_stage:VAEPlus",
     "VAEPlusConfig": "systems.two_stage:VAEPlusConfig",
     "fit": "trainer:fit",
+    "frechet_distance": "metrics:frechet_distance",
     "load_data": "data:load",
     "load_system": "systems:load_system",
+    "log_likelihood": "diagnostics:log_likelihood",
 }
 __all__ = list(_PUBLIC)
 

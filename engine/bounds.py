@@ -51,14 +51,14 @@ def entropy(posterior: Posterior) -> Tensor:
     return 0.5 * (posterior.log_var + (1 + math.log(2 * math.pi))).sum(-1)
 
 
-def elbo(log_px_z: Tensor, kl: Tensor) -> Tensor:
-    """`[S, N]` log p(x | z) of samples and `[N]` KL -> the ELBO of each row, `[N]`."""
-    return log_px_z.mean(0) - kl
+def mean_kl(kl: Tensor) -> Tensor:
+    """Mean over rows: `[N]` or `[N, D]`, summed over dimensions -> a scalar."""
+    return kl.sum() / len(kl)
 
 
 def free_bits(kl: Tensor, nats: float) -> Tensor:
     """max(mean over rows of the KL, λ): `[N]` or `[N, D]`, summed over dimensions -> a scalar."""
-    return (kl.sum() / len(kl)).clamp(min=nats)
+    return mean_kl(kl).clamp(min=nats)
 
 
 def free_bits_per_dimension(kl: Tensor, nats: float) -> Tensor:
@@ -68,7 +68,7 @@ def free_bits_per_dimension(kl: Tensor, nats: float) -> Tensor:
 
 def distance_to_target(kl: Tensor, nats: Tensor | float) -> Tensor:
     """|mean over rows of the KL − C|: `[N]` or `[N, D]`, summed over dimensions -> a scalar."""
-    return (kl.sum() / len(kl) - nats).abs()
+    return (mean_kl(kl) - nats).abs()
 
 
 def beta_divergence_score(log_px_z: Tensor, log_power_integral: Tensor, beta: float) -> Tensor:

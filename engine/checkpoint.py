@@ -4,7 +4,9 @@
     run directory    config.json  env.json  metrics.jsonl  latest  step_000157/{model,state}.safetensors, meta.json
 
 `latest` names the newest complete step. A file appears under its name only when all of it is on disk; so does the
-folder of a step, and only then `latest` moves on and the step before is deleted.
+folder of a step, and only then `latest` moves on and the step before is deleted. The `meta.json` of a step says which
+"weights" its model has: "trained", or their average "ema", beside which state.safetensors keeps the trained ones. Where
+there is validation it also names the "best" step so far, whose folder stays and is what is loaded.
 """
 
 import contextlib
@@ -30,6 +32,15 @@ FORMAT = 1
 
 class CheckpointError(RuntimeError):
     """A saved system or a run directory cannot be read, or does not belong to the run that asks for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The epoch of the lowest validation loss."""
+
+    step: int
+    epoch: int
+    score: float
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -127,10 +138,21 @@ def read_description(folder: str | os.PathLike[str]) -> dict:
 
 
 def load_weights(folder: str | os.PathLike[str], system: nn.Module) -> None:
-    """Reads the weights of a saved system, or of the latest step of a run directory, into `system`."""
+    """Reads the weights of a saved system, or of the `chosen_step` of a run directory, into `system`."""
     folder = Path(folder)
-    path = (latest_step(folder) if "train" in read_description(folder) else folder) / "model.safetensors"
+    path = (chosen_step(folder) if "train" in read_description(folder) else folder) / "model.safetensors"
     load_state(system, read_tensors(path), path)
+
+
+def weights_note(folder: str | os.PathLike[str]) -> str:
+    """Which weights `load_weights` takes from a run directory that has more than one kind of them; else ""."""
+    folder = Path(folder)
+    if "train" not in read_description(folder):
+        return ""
+    meta, best = _read_meta(chosen_step(folder))
+    notes = [f"the best on validation (loss {best.score:.6g})"] if best else []
+    notes += ["averaged (EMA)"] if meta.get("weights") == "ema" else []
+    return ", ".join([f"epoch {meta['epoch']}", *notes]) if notes else ""
 
 
 def load_state(system: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -151,6 +173,13 @@ def latest_step(run: Path) -> Path:
     if not name.startswith("step_") or not (run / name).is_dir():
         raise CheckpointError(f"{run / 'latest'} names {name!r}, which is not a step folder of {run}.")
     return run / name
+
+
+def chosen_step(run: Path) -> Path:
+    """The folder of the best step of a run directory on validation, or of the newest where there is none."""
+    latest = latest_step(run)
+    best = _read_meta(latest)[1]
+    return latest if best is None else _step_folder(run, best.step)
 
 
 class RunDirectory:
@@ -186,40 +215,61 @@ class RunDirectory:
         """Whether a step has been saved: always, but for a run that was killed while it started."""
         return (self.path / "latest").exists() or any(p.name != "step_000000" for p in _steps(self.path))
 
-    def save(self, step: int, epoch: int, system: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        """Writes the step and points `latest` to it; then the older steps are deleted."""
-        folder = self.path / f"step_{step:06d}"
+    def save(self, step: int, epoch: int, system: nn.Module, optimizers: dict[str, torch.optim.Optimizer],
+             average: dict[str, Tensor] | None = None, best: Best | None = None) -> None:
+        """Writes the step and points `latest` to it; then the older steps are deleted, but for the best.
+
+        `average` has the averages of parameters by name: they are what the model of the step holds.
+        """
+        folder = _step_folder(self.path, step)
+        weights, average = system.state_dict(), average or {}
+        state = optimizer_tensors(system, optimizers) | {f"trained.{name}": weights[name] for name in average}
+        meta = {"format": FORMAT, "step": step, "epoch": epoch, "weights": "ema" if average else "trained"}
+        if best is not None:
+            meta["best"] = dataclasses.asdict(best)
         partial = folder.with_suffix(".partial")
         for leftover in (partial, folder):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             partial.mkdir()
-            write_tensors(partial / "model.safetensors", system.state_dict())
-            write_tensors(partial / "state.safetensors", optimizer_tensors(system, optimizers))
-            write_json(partial / "meta.json", {"format": FORMAT, "step": step, "epoch": epoch})
+            write_tensors(partial / "model.safetensors", weights | average)
+            write_tensors(partial / "state.safetensors", state)
+            write_json(partial / "meta.json", meta)
             os.rename(partial, folder)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         write_file(self.path / "latest", f"{folder.name}\n".encode())
+        kept = {folder} if best is None else {folder, _step_folder(self.path, best.step)}
         for old in self.path.glob("step_*"):
-            if old != folder:
+            if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self, system: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> tuple[int, int]:
-        """Reads the latest step into both and returns its step and epoch; later records leave `metrics.jsonl`."""
+    def restore(self, system: nn.Module, optimizers: dict[str, torch.optim.Optimizer],
+                average: dict[str, Tensor] | None = None) -> tuple[int, int, Best | None, dict[str, Tensor]]:
+        """Reads the latest step into all of them and returns its step and epoch, and the best one so far with its weights.
+
+        Records of later epochs leave `metrics.jsonl`.
+        """
         folder = latest_step(self.path)
-        meta = read_json(folder / "meta.json", "step", "epoch")
+        meta, best = _read_meta(folder)
         if self._config["train"]["epochs"] < meta["epoch"]:
             raise CheckpointError(f"{self.path} has {meta['epoch']} epochs already, and {self._config['train']['epochs']} in "
                                   "all were asked for. Resume with at least as many as it has.")
         weights, state = (read_tensors(folder / f"{kind}.safetensors") for kind in ("model", "state"))
+        best_weights = read_tensors(_step_folder(self.path, best.step) / "model.safetensors") if best else {}
+        trained = {name: state.pop(f"trained.{name}", None) for name in average or {}}
+        if any(tensor is None for tensor in trained.values()):
+            raise CheckpointError(f"{folder / 'state.safetensors'} is damaged: it lacks weights beside their average.")
         load_optimizer_tensors(system, optimizers, state, folder / "state.safetensors")
         load_state(system, weights, folder / "model.safetensors")
+        for name in trained:
+            average[name].copy_(weights[name])
+        load_state(system, weights | trained, folder / "state.safetensors")
         kept = [r for r in self.metrics.read() if r["epoch"] <= meta["epoch"]]
         write_file(self.metrics.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         write_json(self.path / "config.json", self._config)
-        return meta["step"], meta["epoch"]
+        return meta["step"], meta["epoch"], best, best_weights
 
     def _holds_run(self) -> bool:
         if not self.path.exists():
@@ -289,6 +339,18 @@ def environment() -> dict[str, object]:
             "numpy": np.__version__, "platform": platform.platform(), "machine": platform.machine(),
             "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.version.cuda if torch.cuda.is_available() else None}
+
+
+def _read_meta(folder: Path) -> tuple[dict, Best | None]:
+    meta = read_json(folder / "meta.json", "step", "epoch")
+    try:
+        return meta, Best(**meta["best"]) if "best" in meta else None
+    except TypeError as error:
+        raise CheckpointError(f"{folder / 'meta.json'} is damaged: its best step is {meta['best']!r}.") from error
+
+
+def _step_folder(run: Path, step: int) -> Path:
+    return run / f"step_{step:06d}"
 
 
 def _steps(run: Path) -> list[Path]:

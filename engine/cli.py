@@ -3,7 +3,7 @@
   train PRESET       train a system; flags override a --config file, which overrides the preset
   represent RUN      representations of images under a trained model, to an .npz
   sample RUN         new images, to a .png or .npz
-  evaluate RUN       reconstruction, clustering and k-NN accuracy
+  evaluate RUN       likelihood, reconstruction, use of the representation space, k-NN accuracy
   explore RUN        pictures and an HTML page to look around in the representation space
   list               the presets, data sets and ops
   doctor             versions, native libraries, and which backend serves which op
@@ -37,15 +37,18 @@ _TrainedOn = Annotated[str | None, _default("the name that the run keeps of its 
 
 @dataclass(frozen=True)
 class Represent:
-    """MAP representations of images under a trained model, written as an .npz with z, and y and component if known."""
+    """Representations of images under a trained model, written as an .npz with z, and y, component or log_var if known.
+
+    They are MAP estimates, or the encoder's, with posteriors their means.
+    """
 
     run: tyro.conf.Positional[Path]
     """Run directory, or a folder written by System.save."""
     data: _TrainedOn = None
     """Name or path of the images."""
     split: Literal["train", "test"] = "test"
-    steps: int = 20
-    """Gradient steps of the inference."""
+    steps: Annotated[int | None, _default("20")] = None
+    """Gradient steps of the inference, for models without an encoder."""
     out: Annotated[Path | None, _default("RUN/representations-DATA-SPLIT.npz")] = None
     """The .npz file to write."""
 
@@ -70,12 +73,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Reconstruction, clustering and k-NN accuracy of a trained model; also written to RUN/scores.json."""
+    """Likelihood, reconstruction, use of the representation space and k-NN accuracy of a trained model, on its test images.
+
+    Printed, and written to RUN/scores.json and RUN/scores.csv; for models with an encoder also pictures into RUN.
+    """
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
     data: _TrainedOn = None
     """Name or path of the data that the model was trained on."""
+    nll_samples: Annotated[int | None, _default("1000")] = None
+    """Importance samples of log p(x) for each image, for models with an encoder that gives posteriors."""
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ import tyro
 from torch import Tensor
 
 from . import report
-from .checkpoint import CheckpointError, read_description, write_file
+from .checkpoint import CheckpointError, read_description, weights_note, write_file
 from .cli import Evaluate, Explore, Represent, Sample, did_you_mean, fail
-from .data import NAMES, SPLITS, Data, DataError, load
+from .data import NAMES, SPLITS, Binarization, Data, DataError, load
 from .figures import image_grid, write_png
 from .logs import JsonLines
+from .system import System
 from .systems import PRESETS, load_system
 from .systems.dgd import DGD
 from .trainer import TrainConfig, fit, identity
@@ -38,8 +39,8 @@ class Train(Generic[_Config]):
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     data: str = "mnist5k"
     """Name or path of the training data."""
-    binarize: bool = True
-    """Threshold the pixels at 0.5."""
+    binarize: Binarization = "threshold"
+    """Pixels as they are; 1 above 0.5, else 0; zeros and ones drawn once, or anew at each step."""
     run: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: the first free runs/PRESET-NUMBER)")] = None
     """Run directory."""
     resume: bool = False
@@ -135,12 +136,11 @@ def next_run(name: str, folder: Path = Path("runs")) -> Path:
 def represent(options: Represent) -> int:
     system, data = _trained(options.run), _load(options.run, options.data, options.split)
     out = _writable(options.out or options.run / f"representations-{data.name}-{options.split}.npz", ".npz")
-    if options.steps < 0:
+    if options.steps is not None and options.steps < 0:
         raise ValueError(f"--steps must be at least 0, given {options.steps}.")
-    z = system.represent(data.x, steps=options.steps)
-    arrays = {"z": z, "y": data.y, "component": report.components_of(system, z)}
-    _write_npz(out, {key: value for key, value in arrays.items() if value is not None})
-    print(f"{out}: z {list(z.shape)} of {data.name}, {options.split} ({data.source})")
+    arrays = report.represent(system, data.x, options.steps)
+    _write_npz(out, arrays if data.y is None else {**arrays, "y": data.y})
+    print(f"{out}: z {list(arrays['z'].shape)} of {data.name}, {options.split} ({data.source})")
     return 0
 
 
@@ -151,6 +151,9 @@ def sample(options: Sample) -> int:
     out = _writable(options.out or options.run / "samples.png", ".png", ".npz")
     chosen = {"components": options.component, "labels": options.label}
     chosen = {key: torch.full((options.n,), value) for key, value in chosen.items() if value is not None}
+    if chosen and not isinstance(system, DGD):
+        raise ValueError("--component and --label choose among the components of a DGD's prior; "
+                         f"leave them out for a {type(system).__name__}.")
     images = system.sample(options.n, torch.Generator().manual_seed(options.seed), noise=options.noise, **chosen)
     if out.suffix == ".png":
         write_png(out, image_grid(images))
@@ -161,15 +164,19 @@ def sample(options: Sample) -> int:
 
 
 def evaluate(options: Evaluate) -> int:
+    if options.nll_samples is not None and options.nll_samples < 1:
+        raise ValueError(f"--nll-samples must be at least 1, given {options.nll_samples}.")
     system, train = _trained(options.run), training_data(options.run, options.data)
     try:
         test = _load(options.run, options.data, "test")
     except DataError as error:
         print(f"No test images: {error}", file=sys.stderr)
         test = None
-    scores = report.evaluate(system, train, test)
+    scores = report.evaluate(system, train, test, nll_samples=options.nll_samples)
     report.write_scores(scores, options.run / "scores.json")
     print(report.format_scores(scores))
+    for path in report.write_evaluation(system, train, test, options.run):
+        print(path)
     return 0
 
 
@@ -205,18 +212,21 @@ def catalogue() -> str:
     return "\n".join([*lines, "", "ops", *(f"  {op}" for op in backend_matrix())])
 
 
-def _trained(run: Path) -> DGD:
+def _trained(run: Path) -> System:
     if not (run / "config.json").exists():
         raise CheckpointError(f"No trained system in {run}: it has no config.json. "
                               "Give a run directory, or a folder that System.save wrote.")
-    return load_system(run)
+    system, note = load_system(run), weights_note(run)
+    if note:
+        print(f"Weights: {note}", file=sys.stderr)
+    return system
 
 
 def _load(run: Path, given: str | None, split: str) -> Data:
-    """Data by the name `given`, or that of the training data of `run`, thresholded or not as they were."""
-    kept = read_description(run).get("data", {"name": "mnist5k", "binarized": True})
+    """Data by the name `given`, or that of the training data of `run`, binarised as they were; dynamically is by one draw."""
+    kept = read_description(run).get("data", {"name": "mnist5k", "binarized": "threshold"})
     try:
-        return load(given or kept["name"], split).pixels(kept["binarized"])
+        return load(given or kept["name"], split).pixels(kept["binarized"]).fixed()
     except DataError as error:
         if given is not None:
             raise

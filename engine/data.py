@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from .extras import require
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "test")
-_ACCEPTED = ("a name (mnist5k, digits, synthetic), a folder with MNIST's IDX files (plain or .gz) or with train.npz "
-             "and test.npz, or an .npz file with the arrays x and y, images and labels, or x_train, y_train, x_test "
-             "and y_test")
+Binarization = Literal["none", "threshold", "static", "dynamic"]
+_ACCEPTED = ("a name (mnist5k, digits, synthetic), a folder with MNIST's IDX files (plain or .gz), with train.npz and "
+             "test.npz or with one .npz, or an .npz file with the arrays x and y, images and labels, or x_train, "
+             "y_train, x_test and y_test")
 
 
 class DataError(ValueError):
@@ -41,7 +43,8 @@ class Data:
         y: int64 `[N]`, or None.
         name, split: what was asked for.
         source: where it came from, for people.
-        binarized: whether the pixels were thresholded.
+        binarized: "threshold" or "static": x holds zeros and ones, see `pixels`; "dynamic": x holds probabilities, from
+            which training draws zeros and ones anew at each step; "none".
     """
 
     x: Tensor
@@ -49,9 +52,12 @@ class Data:
     name: str = "tensor"
     split: str = "train"
     source: str = "memory"
-    binarized: bool = False
+    binarized: Binarization = "none"
 
     def __post_init__(self) -> None:
+        if self.binarized not in get_args(Binarization):
+            raise DataError(f"{self.name}: binarized must be one of {', '.join(get_args(Binarization))}, "
+                            f"given {self.binarized!r}.")
         if self.x.dim() != 4 or self.x.dtype not in (torch.uint8, torch.float32):
             raise DataError(f"{self.name}: x must be a uint8 or float32 tensor [N, C, H, W], "
                             f"given {self.x.dtype} {list(self.x.shape)}.")
@@ -62,17 +68,42 @@ class Data:
     def __len__(self) -> int:
         return len(self.x)
 
-    def pixels(self, binarize: bool) -> "Data":
-        """The same rows as float32 in [0, 1]; `binarize` thresholds them at 0.5, to 0 and 1.
+    def pixels(self, binarize: Binarization | bool) -> "Data":
+        """The same rows as float32 in [0, 1], binarised in one of the field's ways.
+
+        Args:
+            binarize: "none" (False): gray; "threshold" (True): 1 above 0.5, else 0; "static": zeros and ones drawn once,
+                1 with the pixel's intensity as probability, the same at every call (Salakhutdinov & Murray 2008; a draw of
+                our own, not their file); "dynamic": drawn so anew at each training step (Burda et al. 2016), for which
+                the rows keep their intensities and `fixed` gives one draw to evaluate on. Rows of zeros and ones stay.
 
         Raises:
-            DataError: float32 images with values outside [0, 1] or NaN.
+            DataError: another `binarize`; float32 images with values outside [0, 1] or NaN.
         """
+        kind = {False: "none", True: "threshold"}.get(binarize, binarize)
+        if kind not in get_args(Binarization):
+            raise DataError(f"binarize must be one of {', '.join(get_args(Binarization))}, given {binarize!r}.")
         x = self.x.float() / 255 if self.x.dtype == torch.uint8 else self.x
         if len(self) and not bool(((x >= 0) & (x <= 1)).all()):
             raise DataError(f"{self.name}: float32 images must lie in [0, 1], given values from {x.min():g} to "
                             f"{x.max():g}. Scale them, or give them as uint8 from 0 to 255.")
-        return replace(self, x=(x > 0.5).float() if binarize else x, binarized=self.binarized or binarize)
+        if self.binarized in ("threshold", "static"):
+            kind = self.binarized
+        elif kind == "threshold":
+            x = (x > 0.5).float()
+        elif kind == "static":
+            # The splits draw from streams of their own.
+            generator = torch.Generator().manual_seed(zlib.crc32(self.split.encode()))
+            x = (torch.rand(x.shape, generator=generator).to(x.device) < x).float()
+        return replace(self, x=x, binarized=kind)
+
+    def fixed(self) -> "Data":
+        """What to evaluate on: rows that training draws dynamically as their static draw, all others as they are."""
+        return self.pixels("static") if self.binarized == "dynamic" else self
+
+    def take(self, rows: Tensor) -> "Data":
+        """The rows of these numbers, int64 `[M]`."""
+        return replace(self, x=self.x[rows], y=None if self.y is None else self.y[rows])
 
 
 def batch_order(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -92,8 +123,9 @@ def load(name_or_path: str | os.PathLike[str], split: str = "train") -> Data:
 
     Args:
         name_or_path: "mnist5k" (5,000 + 1,000 MNIST digits, embedded), "digits" (scikit-learn's 8×8 digits, the last
-            fifth for the test), "synthetic" (bars, generated); a folder with MNIST's IDX files, plain or .gz, or with
-            train.npz and test.npz; an .npz file with x and y, images and labels, or x_train, y_train, x_test, y_test.
+            fifth for the test), "synthetic" (bars, generated); a folder with MNIST's IDX files, plain or .gz, with
+            train.npz and test.npz, or with a single .npz of another name; an .npz file with x and y, images and labels,
+            or x_train, y_train, x_test, y_test, whose other arrays are ignored.
             Images are uint8 or floating point, [N, H, W], [N, C, H, W] or [N, H, W, C]; labels are integers [N] and
             may be missing.
         split: "train" or "test".
@@ -160,11 +192,15 @@ def _read(path: Path, name: str, split: str) -> Data:
             return _data(read_idx(images), read_idx(labels) if labels else None, name, split, str(path))
         if (path / f"{split}.npz").exists():
             return _read(path / f"{split}.npz", name, split)
+        others = [file for file in path.glob("*.npz") if file.stem not in SPLITS]
+        if len(others) == 1:
+            return _read(others[0], name, split)
         raise DataError(f"The folder {path} has no {split} data: looked for {prefix}-images-idx3-ubyte, the same with "
-                        f".gz, and {split}.npz. Give {_ACCEPTED}.")
+                        f".gz, {split}.npz, and a single .npz. Give {_ACCEPTED}.")
     if path.suffix == ".npz":
         return _read_npz(path, name, split)
-    raise DataError(f"Cannot read {path}. Give {_ACCEPTED}.")
+    raise DataError(f"Cannot read {path}. Give {_ACCEPTED}; numpy.savez(path, x=..., y=...) writes one. A pickle is never "
+                    "read, for it can run code.")
 
 
 def _idx_file(folder: Path, stem: str) -> Path | None:

@@ -2,7 +2,10 @@
 
     latent_scatter(z, y, means).savefig("space.png")
 
-`model_sheet` is the layout of Figures 3 and 4 of Schuster & Krogh (2021).
+`model_sheet` is the layout of Figures 3 and 4 of Schuster & Krogh (2021). Walks through representation space are tensors of
+z, decoded by the model and drawn by `image_grid` with as many columns as a walk has steps:
+
+    image_grid(system.decode(manifold(20)), columns=20)
 """
 
 import io
@@ -51,6 +54,40 @@ def montage(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
     sheet = sheet.view(rows, columns, channels, height + gap, width + gap).permute(0, 3, 1, 4, 2)
     sheet = sheet.reshape(rows * (height + gap), columns * (width + gap), channels)
     return sheet[: -gap or None, : -gap or None].squeeze(2).numpy()
+
+
+def manifold(steps: int = 20) -> Tensor:
+    """The points `[steps², 2]` of a square grid in probability under N(0, I): its inverse distribution function.
+
+    Row by row, the first coordinate to the right and the second upwards; each point stands for the same share of samples.
+    Figure 4 of Kingma & Welling (2014).
+    """
+    quantiles = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)
+    return torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
+
+
+def traversals(z: Tensor, dimensions: Sequence[int], low: Tensor, high: Tensor, steps: int = 11) -> Tensor:
+    """`z` `[D]` with one of `dimensions` at a time going from its `low` to its `high` `[D]`: `[len(dimensions) · steps, D]`."""
+    walks = z.expand(len(dimensions), steps, len(z)).clone()
+    for walk, d in zip(walks, dimensions, strict=True):
+        walk[:, d] = torch.linspace(float(low[d]), float(high[d]), steps, dtype=z.dtype, device=z.device)
+    return walks.flatten(0, 1)
+
+
+def interpolations(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
+    """Straight lines from each row of `start` `[N, D]` to that of `end`, both included: `[N · steps, D]`."""
+    share = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None]
+    return torch.lerp(start[:, None], end[:, None], share).flatten(0, 1)
+
+
+def pairs(images: Tensor, others: Tensor, columns: int = 10) -> Tensor:
+    """Two sets of images `[N, C, H, W]`, e.g. originals and reconstructions: a row of `columns`, below it its counterparts.
+
+    A last row that is not full is left out. `image_grid` draws them with the same number of columns.
+    """
+    rows = len(images) // columns
+    sets = (part[:rows * columns].unflatten(0, (rows, columns)) for part in (images, others))
+    return torch.stack(list(sets), 1).flatten(0, 2)
 
 
 def latent_scatter(z: Tensor, y: Tensor | None = None, means: Tensor | None = None, title: str = "") -> "Figure":

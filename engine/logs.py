@@ -67,5 +67,10 @@ class Progress:
             print(f"epoch {record['epoch']}/{self.epochs} {values}", file=sys.stderr, flush=True)
             self.last_line = time.monotonic()
 
+    def note(self, text: str) -> None:
+        """A line of its own, if anything is shown at all."""
+        if self.lines or not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
+
     def close(self) -> None:
         self.bar.close()

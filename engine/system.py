@@ -35,9 +35,10 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     momentum: float = 0.0  # of sgd and row_sgd
     betas: tuple[float, float] = (0.9, 0.999)  # of adam and row_adam
+    eps: float = 1e-8  # of adam and row_adam
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "momentum"):
+        for name in ("lr", "weight_decay", "momentum", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} of an optimizer must be at least 0 and finite, given {getattr(self, name)}.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -109,6 +110,14 @@ class System(nn.Module):
         """Scalars by name: "total" is differentiated, the rest is logged."""
         raise NotImplementedError
 
+    def validation_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """As `loss`, of rows that are held out: the lowest "total" chooses the best epoch. By default that of the first phase.
+
+        Called without gradients and in evaluation mode. A loss that changes in the course of training (a warm-up) is
+        compared at its end, so such a system has one of its own here.
+        """
+        return self.loss(batch, self.phases()[0].name)
+
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """`n` new observations."""
         raise NotImplementedError
@@ -125,7 +134,9 @@ class System(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], **modules: nn.Module) -> Self:
-        """A system from what `save` wrote, or from a run directory. Modules that were given by hand are given again.
+        """A system from what `save` wrote, or from a run directory: its best step on validation, else its latest.
+
+        Modules that were given by hand are given again.
 
         Raises:
             CheckpointError: a file is missing, damaged, or of another system.

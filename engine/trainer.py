@@ -1,68 +1,104 @@
-"""The training loop: phases, one optimizer a child, records, checkpoints and resume.
+"""The training loop: phases, one optimizer a child, averaged weights, validation, records, checkpoints and resume.
 
 The order of the rows is a pure function of (seed, epoch), and the random generators are seeded anew at each optimizer
 step: a run that was interrupted continues from its last checkpoint to the same bits as one that was not (on CPU, with
 the same number of threads).
 """
 
+import contextlib
 import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checkpoint import RunDirectory, describe
+from .checkpoint import Best, RunDirectory, describe
 from .data import Data, batch_order
 from .latents import LatentTable, RowAdam, RowSGD
 from .logs import Progress
 from .system import Batch, OptimizerConfig, Phase, System
 
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], OptimizerConfig], torch.optim.Optimizer]] = {
-    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=True),
+    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True),
     "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=True),
-    "row_adam": lambda p, c: RowAdam(p, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay),
+    "row_adam": lambda p, c: RowAdam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay),
     "row_sgd": lambda p, c: RowSGD(p, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay),
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Defaults: the MNIST training of Schuster & Krogh 2021 (A.7)."""
+    """Defaults: the MNIST training of Schuster & Krogh 2021 (A.7).
+
+    Step decay of the learning rates: lr_stage_epochs=30, lr_decay=0.1. The stages of Burda et al. 2016, 3^i passes at
+    lr · 10^(−i/7) for i = 0, ..., 7: epochs=3280, lr_stage_epochs=1, lr_stage_growth=3, lr_decay=10 ** (-1 / 7).
+    """
 
     epochs: int = 100
     batch_size: int = 32
     seed: int = 0
     checkpoint_every: int = 1  # epochs
+    clip_norm: float | None = None  # largest Euclidean norm of the gradient of a loss, over all children that step
+    ema_decay: float | None = None  # of a moving average of the weights, which is then what is validated and kept
+    lr_stage_epochs: int | None = None  # length of the first stage of the learning rates
+    lr_stage_growth: int = 1  # a stage is so many times as long as the one before it
+    lr_decay: float = 1.0  # a stage has so many times the learning rates of the one before it
+    validation: float = 0.0  # rows to hold out: a fraction if below 1, else their number
+    patience: int | None = None  # stop after so many epochs without a lower validation loss
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, given {getattr(self, name)}.")
+        for name, low in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("checkpoint_every", 1), ("lr_stage_epochs", 1),
+                          ("lr_stage_growth", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, given {value}.")
         if self.seed >= 2**64:
             raise ValueError(f"seed must be less than 2**64, given {self.seed}.")
+        for name, high in (("clip_norm", math.inf), ("ema_decay", 1), ("lr_decay", math.inf)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < high:
+                raise ValueError(f"{name} must lie between 0 and {high}, given {value}.")
+        if (self.lr_stage_epochs is None) != (self.lr_decay == 1) or (self.lr_stage_growth > 1 and self.lr_decay == 1):
+            raise ValueError("Stages of the learning rates need both lr_stage_epochs, the length of the first, and an "
+                             f"lr_decay other than 1; given {self.lr_stage_epochs} and {self.lr_decay}.")
+        if not (0 <= self.validation < 1 or self.validation % 1 == 0 < self.validation):
+            raise ValueError(f"validation must be a fraction below 1 or a number of rows, given {self.validation}.")
+
+    def lr_factor(self, epoch: int) -> float:
+        """What the learning rates are multiplied by in `epoch`, from 1."""
+        stage, last, length = 0, self.lr_stage_epochs or math.inf, self.lr_stage_epochs
+        while epoch > last:
+            stage, length = stage + 1, length * self.lr_stage_growth
+            last += length
+        return self.lr_decay**stage
 
 
-def fit(system: System, data: Data, config: TrainConfig | None = None, *, run_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False, progress: bool = True) -> list[dict]:
+def fit(system: System, data: Data, config: TrainConfig | None = None, *, validation: Data | None = None,
+        run_dir: str | os.PathLike[str] | None = None, resume: bool = False, progress: bool = True) -> list[dict]:
     """Trains `system` in place on `data`, on the device of the system, and leaves it in evaluation mode.
 
+    It ends with the weights of the lowest validation loss if there is validation, with those of the last epoch if there
+    is none; with `ema_decay` they are averages: w̄ ← d w̄ + (1 − d) w after each step, from the initial weights.
+
     Args:
-        data: float32 rows, e.g. `load("mnist5k").pixels(binarize=True)`.
-        config: epochs, batch size, seed; the paper's where it is left out.
-        run_dir: where to keep config.json, env.json, metrics.jsonl and the latest checkpoint; None keeps none.
+        data: float32 rows, e.g. `load("mnist5k").pixels("threshold")`.
+        config: epochs, batch size, seed and options; the paper's where it is left out.
+        validation: rows to validate on after each epoch, instead of those that the configuration holds out.
+        run_dir: where to keep config.json, env.json, metrics.jsonl and the latest and the best checkpoint; None keeps none.
         resume: continue the run in `run_dir`, or start it if there is none; its configuration must be the same, but for
             the number of epochs. An interrupt costs at most the epochs since the last checkpoint.
         progress: show a bar, or plain lines where there is no terminal.
 
     Returns:
-        A record an epoch: "epoch", "step", "seconds" (of the epoch), and each term of the loss as a mean over the rows.
+        A record an epoch: "epoch", "step", "seconds" (of the epoch), and each term of the loss as a mean over the rows;
+        those of the validation loss as "validation/total" and so on, with the same random numbers at every epoch.
 
     Raises:
-        ValueError: the data do not fit the system, or a phase begins after the last epoch.
+        ValueError: the data do not fit the system, there is no validation loss, or a phase begins after the last epoch.
         CheckpointError: see `RunDirectory`; raised before training starts.
         FloatingPointError: the loss of an epoch is not finite. The last checkpoint is from before it.
     """
@@ -72,37 +108,44 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, run_di
     system.check(data)
     if resume and run_dir is None:
         raise ValueError("resume=True needs run_dir, the folder of the run to continue.")
+    rows, held_out = _validation_rows(system, data, validation, config)
     phases = system.phases()
     _check_reached(phases, config.epochs)
     optimizers = make_optimizers(system, phases)
-    run, records, step, done = None, [], 0, 0
+    average = _Average(system, config.ema_decay)
+    check = None if held_out is None else _Validation(system, held_out, config)
+    run, step, done, records = None, 0, 0, []
     if run_dir is not None:
-        run = RunDirectory(run_dir, {**describe(system), "train": config, "data": identity(data)}, resume)
-        if run.has_checkpoint():
-            step, done = run.restore(system, optimizers)
-            records = run.metrics.read()
-        else:
-            run.save(step, done, system, optimizers)
-    device = next(system.parameters()).device
-    x, y = data.x.to(device), None if data.y is None else data.y.to(device)
-    loop = _Loop(system, phases, optimizers, x, y, config)
+        run = RunDirectory(run_dir, {**describe(system), "train": config, "data": identity(data),
+                                     "validation": validation and identity(validation)}, resume)
+        step, done, records = _continue(run, system, optimizers, average, check)
+    loop = _Loop(system, phases, optimizers, average, data, rows, config)
     bar = Progress(config.epochs, loop.steps_per_epoch, done, progress)
     system.train()
     try:
-        for epoch in range(done + 1, config.epochs + 1):
-            start = time.perf_counter()
-            terms = loop.epoch(epoch, step, bar.step)
+        while done < config.epochs and not (check and check.exhausted(done)):
+            done, start = done + 1, time.perf_counter()
+            terms = loop.epoch(done, step, bar.step)
             step += loop.steps_per_epoch
-            record = {"epoch": epoch, "step": step, "seconds": round(time.perf_counter() - start, 3), **terms}
+            if check:
+                with average.in_place():
+                    terms |= check.epoch(done, step)
+            record = {"epoch": done, "step": step, "seconds": round(time.perf_counter() - start, 3), **terms}
             if not all(math.isfinite(v) for v in terms.values()):
-                raise FloatingPointError(f"The loss of epoch {epoch} is not finite ({terms}). "
+                raise FloatingPointError(f"The loss of epoch {done} is not finite ({terms}). "
                                          "Lower a learning rate, or look for NaN in the data.")
             records.append(record)
             bar.epoch(record)
             if run is not None:
                 run.metrics.append(record)
-                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                    run.save(step, epoch, system, optimizers)
+                if done % config.checkpoint_every == 0 or done == config.epochs or (check and check.is_due(done)):
+                    run.save(step, done, system, optimizers, average.tensors, check and check.best)
+        if check and check.best:
+            system.load_state_dict(check.weights)
+            bar.note(f"Weights of epoch {check.best.epoch}, the best on validation (loss {check.best.score:.6g}), "
+                     f"after {done} epochs.")
+        else:
+            average.swap()
     finally:
         bar.close()
         loop.free(optimizers)
@@ -117,71 +160,212 @@ def _check_reached(phases: tuple[Phase, ...], epochs: int) -> None:
                              "raise epochs, or lower the epochs of the phases before it.")
 
 
+def _continue(run: RunDirectory, system: System, optimizers: dict[str, torch.optim.Optimizer], average: "_Average",
+              check: "_Validation | None") -> tuple[int, int, list[dict]]:
+    """Step, epoch and records of `run`, of which the rest take up the state; a new one keeps their start."""
+    if not run.has_checkpoint():
+        run.save(0, 0, system, optimizers, average.tensors)
+        return 0, 0, []
+    step, done, best, weights = run.restore(system, optimizers, average.tensors)
+    if best is not None:
+        check.best, check.weights = best, weights
+    return step, done, run.metrics.read()
+
+
+def _validation_rows(system: System, data: Data, given: Data | None,
+                     config: TrainConfig) -> tuple[Tensor | None, Data | None]:
+    """The row numbers to train on (None: all), and the rows to validate on (None: there is no validation)."""
+    if given is None and not config.validation:
+        if config.patience is not None:
+            raise ValueError("patience needs rows to validate on: set validation, or give fit(validation=...).")
+        return None, None
+    if given is not None and config.validation:
+        raise ValueError("Rows to validate on are given and to be held out (TrainConfig.validation): choose one.")
+    if system.local:
+        raise ValueError(f"{type(system).__name__} learns a representation of each training row, and other rows have none "
+                         "without inference, so there is no validation loss: train it without validation and patience.")
+    if given is not None:
+        if not len(given) or given.x.shape[1:] != data.x.shape[1:]:
+            raise ValueError(f"Validation needs rows of the shape of the training rows, {list(data.x.shape[1:])}, "
+                             f"given {list(given.x.shape)}.")
+        system.check(given)
+        return None, given
+    count = round(config.validation * len(data)) if config.validation < 1 else int(config.validation)
+    if not 0 < count < len(data):
+        raise ValueError(f"validation={config.validation:g} holds out {count} of {len(data)} rows; "
+                         "hold out at least one, and leave at least one to train on.")
+    order = torch.cat(batch_order(len(data), len(data), config.seed, 0))  # epochs of training start at 1
+    return order[count:].sort().values, data.take(order[:count].sort().values)
+
+
+class _Average:
+    """w̄ ← d w̄ + (1 − d) w of all parameters; without a decay d there are none. O(parameters) a step."""
+
+    def __init__(self, system: System, decay: float | None) -> None:
+        self.decay = decay
+        self.params = dict(system.named_parameters()) if decay is not None else {}
+        self.tensors = {name: param.detach().clone() for name, param in self.params.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.params:
+            torch._foreach_lerp_(list(self.tensors.values()), list(self.params.values()), 1 - self.decay)
+
+    def swap(self) -> None:
+        """Exchanges the averages and the weights of the system."""
+        for name, param in self.params.items():
+            param.data, self.tensors[name] = self.tensors[name], param.data
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the system has the averages as weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
+class _Means:
+    """Means of the terms of a loss over rows."""
+
+    def __init__(self, reduction: str) -> None:
+        self.reduction, self.rows, self.sums, self.names = reduction, 0, 0.0, []
+
+    def add(self, terms: dict[str, Tensor], rows: int) -> None:
+        values = torch.stack([t.detach() for t in terms.values()])
+        self.sums = self.sums + (values * rows if self.reduction == "mean" else values)
+        self.rows, self.names = self.rows + rows, list(terms)
+
+    def read(self, prefix: str) -> dict[str, float]:
+        return {prefix + name: value / self.rows for name, value in zip(self.names, self.sums.tolist(), strict=True)}
+
+
+class _Validation:
+    """The loss of held-out rows, and the weights of the epoch at which it was lowest."""
+
+    def __init__(self, system: System, data: Data, config: TrainConfig) -> None:
+        self.system, self.config = system, config
+        self.x, self.y = _on_device(data.fixed(), system)
+        self.best: Best | None = None
+        self.weights: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def epoch(self, epoch: int, step: int) -> dict[str, float]:
+        """Mean of each loss term over the rows, in evaluation mode."""
+        means = _Means(self.system.reduction)
+        self.system.eval()
+        for number, index in enumerate(torch.arange(len(self.x), device=self.x.device).split(self.config.batch_size)):
+            _reseed(self.x.device, self.config.seed, number, -1, 0)
+            batch = Batch(self.x[index], index, None if self.y is None else self.y[index])
+            means.add(self.system.validation_loss(batch), len(index))
+        self.system.train()
+        terms = means.read("validation/")
+        if self.best is None or terms["validation/total"] < self.best.score:
+            self.best = Best(step, epoch, terms["validation/total"])
+            self.weights = {name: tensor.clone() for name, tensor in self.system.state_dict().items()}
+        return terms
+
+    def exhausted(self, epoch: int) -> bool:
+        """Whether patience ends with `epoch`."""
+        return self.config.patience is not None and bool(self.best) and epoch - self.best.epoch >= self.config.patience
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether `epoch` must be kept: it is the best, or the last."""
+        return epoch == self.best.epoch or self.exhausted(epoch)
+
+
 class _Loop:
     """One pass over the data after another."""
 
     def __init__(self, system: System, phases: tuple[Phase, ...], optimizers: dict[str, torch.optim.Optimizer],
-                 x: Tensor, y: Tensor | None, config: TrainConfig) -> None:
-        self.system, self.phases, self.optimizers = system, phases, optimizers
-        self.x, self.y, self.config = x, y, config
+                 average: _Average, data: Data, rows: Tensor | None, config: TrainConfig) -> None:
+        self.system, self.phases, self.optimizers, self.average = system, phases, optimizers, average
+        self.x, self.y = _on_device(data, system)
+        self.rows, self.config, self.is_dynamic = rows, config, data.binarized == "dynamic"
+        self.n = len(data) if rows is None else len(rows)
         self.batches_per_step = max(phase.repeat for phase in phases)
-        batches = math.ceil(len(x) / config.batch_size)
-        self.steps_per_epoch = math.ceil(batches / self.batches_per_step)
+        self.steps_per_epoch = math.ceil(math.ceil(self.n / config.batch_size) / self.batches_per_step)
         self.has_players = len(phases) > 1
 
     def epoch(self, epoch: int, step: int, tick: Callable[[], None]) -> dict[str, float]:
         """Mean of each loss term over the rows that its phase has seen."""
-        order = batch_order(len(self.x), self.config.batch_size, self.config.seed, epoch)
-        sums: dict[str, Tensor] = {}
-        rows: dict[str, int] = {}
-        names: dict[str, list[str]] = {}
+        self._set_learning_rates(self.config.lr_factor(epoch))
+        order = batch_order(self.n, self.config.batch_size, self.config.seed, epoch)
+        means: dict[str, _Means] = {}
         for first in range(0, len(order), self.batches_per_step):
             turn = order[first:first + self.batches_per_step]
             for number, phase in enumerate(self.phases):
                 if step % phase.every or not phase.runs_in(epoch):
                     continue
                 for repeat in range(phase.repeat):
-                    index = turn[repeat % len(turn)].to(self.x.device)
-                    self._seed(step, number, repeat)
+                    index = turn[repeat % len(turn)]
+                    index = (index if self.rows is None else self.rows[index]).to(self.x.device)
+                    _reseed(self.x.device, self.config.seed, step, number, repeat)
                     terms = self._step(phase, index)
-                    values = torch.stack([t.detach() for t in terms.values()])
-                    if self.system.reduction == "mean":
-                        values *= len(index)
-                    sums[phase.name] = sums[phase.name] + values if phase.name in sums else values
-                    rows[phase.name] = rows.get(phase.name, 0) + len(index)
-                    names[phase.name] = list(terms)
+                    means.setdefault(phase.name, _Means(self.system.reduction)).add(terms, len(index))
             step += 1
             self.system.after_step(step)
+            self.average.update()
             tick()
         self.system.after_epoch(epoch)
-        prefix = (lambda phase: f"{phase}/") if self.has_players else (lambda phase: "")
-        return {prefix(p) + name: value / rows[p] for p, total in sums.items()
-                for name, value in zip(names[p], total.tolist(), strict=True)}
+        return {key: value for phase, mean in means.items()
+                for key, value in mean.read(f"{phase}/" if self.has_players else "").items()}
 
     def _step(self, phase: Phase, index: Tensor) -> dict[str, Tensor]:
         if self.has_players:
             self.free(phase.updates)
-        terms = self.system.loss(Batch(self.x[index], index, None if self.y is None else self.y[index]), phase.name)
+        x = self.x[index]
+        if self.is_dynamic:
+            x = (torch.rand_like(x) < x).float()
+        terms = self.system.loss(Batch(x, index, None if self.y is None else self.y[index]), phase.name)
         terms["total"].backward()
+        if self.config.clip_norm is not None:
+            self._clip(phase)
         for child in phase.updates:
             self.optimizers[child].step()
             self.optimizers[child].zero_grad()
         return terms
 
-    def free(self, children: Iterable[str]) -> None:
-        """Lets gradients reach `children` and no other child that has an optimizer."""
+    def _clip(self, phase: Phase) -> None:
+        """Scales the gradients of the children that step to a common norm of at most `clip_norm`."""
+        grads = []
+        for param in self._params(phase.updates):
+            if param.grad is not None and param.grad.is_sparse:
+                param.grad = param.grad.coalesce()  # a row that occurs twice has one gradient
+                grads.append(param.grad.values())
+            elif param.grad is not None:
+                grads.append(param.grad)
+        if grads:
+            torch._foreach_mul_(grads, (self.config.clip_norm / torch.nn.utils.get_total_norm(grads)).clamp(max=1))
+
+    def _set_learning_rates(self, factor: float) -> None:
         for child, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                for param in group["params"]:
-                    param.requires_grad_(child in children)
+                group["lr"] = getattr(self.system.config.optim, child).lr * factor
 
-    def _seed(self, step: int, phase: int, repeat: int) -> None:
-        # Odd multipliers spread neighbours over the 32 bits that the CPU generator reads.
-        seed = (self.config.seed * 0x9E3779B1 + step * 0x85EBCA6B + phase * 0xC2B2AE35 + repeat * 0x27D4EB2F) % 2**32
-        if self.x.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 60 µs more
-        else:
-            torch.manual_seed(seed)
+    def _params(self, children: Iterable[str]) -> Iterator[Tensor]:
+        return (p for child in children for group in self.optimizers[child].param_groups for p in group["params"])
+
+    def free(self, children: Iterable[str]) -> None:
+        """Lets gradients reach `children` and no other child that has an optimizer."""
+        for child in self.optimizers:
+            for param in self._params((child,)):
+                param.requires_grad_(child in children)
+
+
+def _on_device(data: Data, system: System) -> tuple[Tensor, Tensor | None]:
+    device = next(system.parameters()).device
+    return data.x.to(device), None if data.y is None else data.y.to(device)
+
+
+def _reseed(device: torch.device, seed: int, step: int, phase: int, repeat: int) -> None:
+    # Odd multipliers spread neighbours over the 32 bits that the CPU generator reads.
+    mixed = (seed * 0x9E3779B1 + step * 0x85EBCA6B + phase * 0xC2B2AE35 + repeat * 0x27D4EB2F) % 2**32
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs 60 µs more
+    else:
+        torch.manual_seed(mixed)
 
 
 def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torch.optim.Optimizer]:
@@ -205,9 +389,12 @@ def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torc
 
 
 def identity(data: Data) -> dict[str, object]:
-    """What a resumed run must find again: a latent table belongs to these rows in this order."""
+    """What a resumed run must find again: a latent table belongs to these rows in this order.
+
+    Rows that training draws dynamically are known by their `fixed` draw, so that those to evaluate on are the same.
+    """
     crc = 0
-    for tensor in (data.x, data.y):
+    for tensor in (data.fixed().x, data.y):
         crc = crc if tensor is None else zlib.crc32(tensor.contiguous().cpu().numpy(), crc)
     return {"name": data.name, "split": data.split, "binarized": data.binarized, "shape": tuple(data.x.shape),
             "crc32": crc}

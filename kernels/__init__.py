@@ -1,6 +1,9 @@
 """Ops on torch tensors, each with a PyTorch reference and native kernels behind one signature.
 
 Usable without the model layer: `from latent_engine.kernels import gmm_log_prob`.
+
+Second derivatives go through the reference and take its time and memory, of which a matrix of pairs may be part; so do first
+derivatives taken with `create_graph=True` and by `torch.func`, which always asks for it.
 """
 
 from .backends import BackendError, backend_matrix, explain, set_backend, use_backend

@@ -121,7 +121,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
         set_backend(before)
 
 
-def explain(op: str | Callable, x: Tensor, *_args: object, backend: str | None = None, **_kwargs: object) -> dict[str, str]:
+def explain(op: str | Callable, *args: object, backend: str | None = None, **kwargs: object) -> dict[str, str]:
     """For each backend "chosen", "could serve this call" or the reason why it cannot.
 
     `op` is a public op or its name; the other arguments are those of the call, of which the first tensor decides.
@@ -129,6 +129,9 @@ def explain(op: str | Callable, x: Tensor, *_args: object, backend: str | None =
     name = op if isinstance(op, str) else op.__name__
     if name not in _ops:
         raise ValueError(f"Unknown op {name!r}; the ops are {', '.join(_ops)}.")
+    x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if x is None:
+        raise TypeError(f"explain: needs the arguments of a call of {name}, tensors among them; given none.")
     found = _ops[name]
     chosen = found.choose(x, backend)
     return {b: "chosen" if b == chosen else found.rejection(b, x) or "could serve this call" for b in BACKENDS}

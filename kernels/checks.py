@@ -63,3 +63,8 @@ def check_indices(op: str, name: str, indices: Tensor, low: int, high: int) -> N
     smallest, largest = (int(v) for v in torch.aminmax(indices))
     if smallest < low or largest >= high:
         raise ValueError(f"{op}: {name} must lie in [{low}, {high}), given values from {smallest} to {largest}.")
+
+
+def is_positive(value: object) -> bool:
+    """A finite number above zero; a tensor is none."""
+    return isinstance(value, (int, float)) and 0 < value < float("inf")

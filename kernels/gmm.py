@@ -101,6 +101,7 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     lead = z.shape[:-1]
     if grad is None:
         grad = means.new_ones(lead)
+    means, grad = working_precision("gmm_log_prob_and_grad", "means", means, grad)
     check_floats("gmm_log_prob_and_grad", means=means, grad=grad)
     check_shape("gmm_log_prob_and_grad", "grad", grad, tuple(lead), "[...] as in z[..., D]")
 

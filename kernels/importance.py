@@ -94,7 +94,7 @@ def importance_bound(log_w: Tensor, alpha: float = 0.0, *, groups: int = 1, elbo
     tensor([0.6931])
     """
     log_w = check_log_weights("importance_bound", log_w)
-    options = _check_options("importance_bound", log_w.shape[0], alpha, groups, elbo_weight)
+    options = check_options("importance_bound", log_w.shape[0], alpha, groups, elbo_weight)
     name = BOUND.choose(log_w, backend)
     flat = log_w if log_w.dim() == 2 else log_w.reshape(log_w.shape[0], math.prod(log_w.shape[1:]))
     bound = _run(name, None, None, None, flat, None, *options)[0]
@@ -122,7 +122,7 @@ def importance_objective(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,
         `[N]`, as `importance_log_weights` and `importance_bound`.
 
     Differentiable in every tensor; twice with "iwae" (the other estimators hold the weights constant in a second derivative).
-    "piwae" drops the encoder's gradient of a group whose weights are below e^-87 of the best one's (float32).
+    "piwae" drops the part through z of the encoder's gradient where a weight is below e^-87 of the sum of all (float32).
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit together, or an option is unknown or out of range.
@@ -130,7 +130,7 @@ def importance_objective(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,
     """
     op = "importance_objective"
     tensors = _check_samples(op, z, mu, log_var, log_px, log_pz)
-    options = _check_options(op, z.shape[0], alpha, groups, elbo_weight)
+    options = check_options(op, z.shape[0], alpha, groups, elbo_weight)
     name = OBJECTIVE.choose(tensors[0], backend)
     if estimator == "iwae":
         return _run(name, *tensors, *options)[0]
@@ -191,7 +191,7 @@ def check_log_weights(op: str, log_w: Tensor) -> Tensor:
     return log_w.float() if log_w.dtype in HALF else log_w
 
 
-def _check_options(op: str, S: int, alpha: float, groups: int, elbo_weight: float) -> tuple[float, float, int]:
+def check_options(op: str, S: int, alpha: float, groups: int = 1, elbo_weight: float = 0.0) -> tuple[float, float, int]:
     """alpha, elbo_weight and groups for the primitive, which knows α = 1 as elbo_weight = 1."""
     if S == 0:
         raise ValueError(f"{op}: a bound needs at least one sample, given S = 0.")

@@ -14,13 +14,14 @@ same to float64 rounding however the samples were divided.
 """
 
 import math
+from functools import reduce
 from statistics import NormalDist
 
 import torch
 from torch import Tensor, distributed
 
 from .backends import Op, register
-from .importance import SUPPORT, check_log_weights
+from .importance import SUPPORT, check_log_weights, check_options
 from .library import Primitive
 from .reference import importance as bounds
 from .reference import importance_statistics as reference
@@ -31,10 +32,11 @@ LEAST_TAIL = 5  # samples, for a fit of k̂
 def importance_weights(log_w: Tensor, alpha: float = 0.0) -> Tensor:
     """Normalised weights w^(1 − α) / Σ w^(1 − α) of `log_w[S, ...]` over its samples: the gradient of the Rényi bound.
 
-    Zeros where all weights of a data point are zero. Differentiable. O(S·N).
+    Zeros where all weights of a data point are zero. Differentiable. O(S·N). ValueError where there is no sample, or `alpha`
+    is not a number or ±∞.
     """
     log_w = check_log_weights("importance_weights", log_w)
-    return bounds.normalised_weights(log_w, alpha, float(alpha == 1))
+    return bounds.normalised_weights(log_w, *check_options("importance_weights", log_w.shape[0], alpha))
 
 
 def effective_sample_size(log_w: Tensor, *, backend: str | None = None) -> Tensor:
@@ -42,7 +44,13 @@ def effective_sample_size(log_w: Tensor, *, backend: str | None = None) -> Tenso
 
     Not differentiable. O(S·N).
     """
-    return ImportanceAccumulator(backend=backend).add(log_w).effective_sample_size()
+    log_w = check_log_weights("effective_sample_size", log_w)
+    S, shape = log_w.shape[0], log_w.shape[1:]
+    if S == 0:
+        raise ValueError("effective_sample_size: needs at least one sample, given S = 0.")
+    flat = log_w.detach().reshape(S, shape.numel())
+    _, total, squares, _ = _add_moments(flat, _no_moments(flat), backend)
+    return (total.square() / squares).reshape(shape)
 
 
 def pareto_k(log_w: Tensor) -> Tensor:
@@ -86,25 +94,19 @@ class ImportanceAccumulator:
     def add(self, log_w: Tensor) -> "ImportanceAccumulator":
         """Adds samples `log_w[S, ...]`; the same data points each time."""
         log_w = check_log_weights("ImportanceAccumulator.add", log_w)
-        S, *shape = log_w.shape
-        if self._state is None:
-            self._shape = torch.Size(shape)
-            self._state = log_w.new_zeros(4, self._shape.numel(), dtype=torch.float64)
-            self._state[0] = -torch.inf
-            self._tail = log_w.new_empty(0, self._shape.numel())
-        elif log_w.shape[1:] != self._shape:
+        S, shape = log_w.shape[0], log_w.shape[1:]
+        if self._state is not None and shape != self._shape:
             raise ValueError(f"ImportanceAccumulator.add: log_w must have shape {['S', *self._shape]} as before, "
                              f"given {list(log_w.shape)}.")
-        elif log_w.device != self._state.device:
+        if self._state is not None and log_w.device != self._state.device:
             raise ValueError(f"ImportanceAccumulator.add: log_w is on {log_w.device} but the samples before it on "
                              f"{self._state.device}; move it there.")
-        self._count(S)
-        flat = log_w.detach().reshape(S, self._shape.numel())
-        name = OP.choose(flat, self._backend)
-        if name == "reference":
-            self._state = reference.merge_moments(self._state, reference.moments(flat))
-        elif S:
-            self._state = MOMENTS(name, flat, self._state)
+        self._check_count(self.samples + S)
+        flat = log_w.detach().reshape(S, shape.numel())
+        self._state = _add_moments(flat, _no_moments(flat) if self._state is None else self._state, self._backend)
+        if self._tail is None:
+            self._shape, self._tail = shape, flat.new_empty(0, shape.numel())
+        self.samples += S
         self._keep_tail(flat)
         return self
 
@@ -116,12 +118,13 @@ class ImportanceAccumulator:
         if self.max_samples is not None and len(other._tail) < min(other.samples, _tail_size(self.max_samples) + 1):
             raise ValueError(f"ImportanceAccumulator.merge: the other one kept too few of its largest log-weights; "
                              f"construct it with max_samples = {self.max_samples} too.")
-        if self._state is None:
-            self._shape, self._tail = other._shape, other._tail[:0]
-        elif other._shape != self._shape:
+        if self._state is not None and other._shape != self._shape:
             raise ValueError(f"ImportanceAccumulator.merge: the data points have shape {list(self._shape)} here and "
                              f"{list(other._shape)} there.")
-        self._count(other.samples)
+        self._check_count(self.samples + other.samples)
+        if self._state is None:
+            self._shape, self._tail = other._shape, other._tail[:0]
+        self.samples += other.samples
         self._state = other._state if self._state is None else reference.merge_moments(self._state, other._state)
         self._keep_tail(other._tail)
         return self
@@ -130,23 +133,26 @@ class ImportanceAccumulator:
     def all_reduce(self, group: "distributed.ProcessGroup | None" = None) -> "ImportanceAccumulator":
         """Merges the samples of the same data points from all processes of `group`; every process gets the same bits.
 
-        Every process has added samples before.
+        ValueError in every process if one has added no samples, or they differ in their data points' shape or max_samples.
         """
-        state = self._collected()
-        parts = [torch.empty_like(state) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(parts, state, group)
-        counts = [None] * len(parts)
-        distributed.all_gather_object(counts, (self.samples, len(self._tail)), group)
-        tail = self._tail.new_full((max(kept for _, kept in counts), self._tail.shape[1]), -torch.inf)
+        ranks = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(ranks, (self.samples, self._shape, self.max_samples), group)
+        counts, shapes, limits = zip(*ranks, strict=True)
+        if 0 in counts:
+            raise ValueError(f"ImportanceAccumulator.all_reduce: every process must have added samples, given {list(counts)}.")
+        if len(set(shapes)) > 1 or len(set(limits)) > 1:
+            raise ValueError(f"ImportanceAccumulator.all_reduce: the processes must have data points of one shape and one "
+                             f"max_samples, given {[list(s) for s in shapes]} and {list(limits)}.")
+        self._check_count(sum(counts))
+        states = [torch.empty_like(self._state) for _ in ranks]
+        distributed.all_gather(states, self._state, group)
+        kept = [0 if self.max_samples is None else min(samples, _tail_size(self.max_samples) + 1) for samples in counts]
+        tail = torch.full_like(self._state[:1], -torch.inf).repeat(max(kept), 1)  # float64, as one process may have had them
         tail[:len(self._tail)] = self._tail
-        tails = [torch.empty_like(tail) for _ in parts]
+        tails = [torch.empty_like(tail) for _ in ranks]
         distributed.all_gather(tails, tail, group)
-        self.samples, self._state, self._tail = 0, parts[0], tail[:0]
-        for i, (samples, kept) in enumerate(counts):
-            if i:
-                self._state = reference.merge_moments(self._state, parts[i])
-            self._count(samples)
-            self._keep_tail(tails[i][:kept])
+        self.samples, self._state, self._tail = sum(counts), reduce(reference.merge_moments, states), tail[:0]
+        self._keep_tail(torch.cat([rows[:n] for rows, n in zip(tails, kept, strict=True)]))
         return self
 
     def log_likelihood(self) -> Tensor:
@@ -193,16 +199,29 @@ class ImportanceAccumulator:
     def _shaped(self, value: Tensor) -> Tensor:
         return value.reshape(self._shape)
 
-    def _count(self, samples: int) -> None:
-        if self.max_samples is not None and self.samples + samples > self.max_samples:
-            raise ValueError(f"ImportanceAccumulator: {self.samples + samples} samples are more than max_samples = "
-                             f"{self.max_samples}.")
-        self.samples += samples
+    def _check_count(self, samples: int) -> None:
+        if self.max_samples is not None and samples > self.max_samples:
+            raise ValueError(f"ImportanceAccumulator: {samples} samples are more than max_samples = {self.max_samples}.")
 
     def _keep_tail(self, log_w: Tensor) -> None:
         if self.max_samples is not None:
             candidates = torch.cat((self._tail, log_w))
             self._tail = candidates.topk(min(len(candidates), _tail_size(self.max_samples) + 1), dim=0).values
+
+
+def _no_moments(log_w: Tensor) -> Tensor:
+    """The moments [4, N] of no samples of log_w[S, N]."""
+    state = log_w.new_zeros(4, log_w.shape[1], dtype=torch.float64)
+    state[0] = -torch.inf
+    return state
+
+
+def _add_moments(log_w: Tensor, state: Tensor, backend: str | None) -> Tensor:
+    """The moments [4, N] of `state` and of log_w[S, N] together."""
+    name = OP.choose(log_w, backend)
+    if name == "reference":
+        return reference.merge_moments(state, reference.moments(log_w))
+    return MOMENTS(name, log_w, state) if len(log_w) else state
 
 
 def _tail_size(samples: int) -> int:

@@ -110,12 +110,17 @@ def reference_gradients(reference: Callable, tensors: Sequence[Tensor], needs: S
 
     `grads` are the gradients of the outputs, None where one is unused.
     """
-    with torch.enable_grad():
-        # Views, because one tensor may be computed from another: the gradient of that one must not pass through it.
-        tensors = [t.view_as(t) if i < len(needs) and needs[i] else t for i, t in enumerate(tensors)]
-        outputs = reference(*tensors)
+    wanted = [i for i, need in enumerate(needs) if need]
+
+    def outputs_of(*inputs: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(tensors)
+        for i, tensor in zip(wanted, inputs, strict=True):
+            arguments[i] = tensor
+        outputs = reference(*arguments)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-        inputs = [t for t, need in zip(tensors, needs, strict=False) if need]
-        found = iter(torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], create_graph=True))
+        return tuple(o for o, g in zip(outputs, grads, strict=True) if g is not None)
+
+    # Not autograd.grad: under torch.func's vjp and jacrev the saved tensors no longer require a gradient.
+    _, gradients_of = torch.func.vjp(outputs_of, *(tensors[i] for i in wanted))
+    found = iter(gradients_of(tuple(g for g in grads if g is not None)))
     return tuple(next(found) if need else None for need in needs)

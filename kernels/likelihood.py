@@ -136,11 +136,13 @@ def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, m
         mask: as in `bernoulli_log_prob`; a value of `shape` without any entry is NaN.
 
     Returns a variance, γ where the papers write Σ = γ I (Dai & Wipf 2019); the γ of their published code is its root, a
-    standard deviation. Plain PyTorch on any device, differentiable, O(S·N·P) memory.
+    standard deviation. Of the dtype that `gaussian_log_prob` would give. Plain PyTorch on any device, differentiable,
+    O(S·N·P) memory.
 
     >>> gaussian_variance(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.zeros(2, 2), (2,))
     tensor([0., 5.])
     """
+    mean, x = working_precision("gaussian_variance", "mean", mean, x)
     check_floats("gaussian_variance", x=x, mean=mean)
     if mask is not None:
         _check_mask("gaussian_variance", mask, x)
@@ -189,13 +191,16 @@ def _rows(op: str, tensors: dict[str, Tensor], mask: Tensor | None,
           event_dims: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
     """x, a, b and mask as [S, N, P], in which each size is that of all or 1, and the leading axes of the result."""
     given = {**tensors, "mask": mask} if mask is not None else tensors
-    shape = _common_shape(op, given, event_dims)
-    batch = len(shape) - event_dims
-    dims = [len(shape) - t.dim() for t in given.values()]
-    if event_dims == 1 and batch <= 2 and all(t.shape == shape[d:] for t, d in zip(given.values(), dims, strict=True)):
+    x, a, *_ = tensors.values()
+    shape, dim = a.shape, a.dim()
+    # The usual call, in which the first parameter has all axes and the others its last ones: it passes the general checks.
+    if event_dims == 1 and 0 < dim <= 3 and x.dim() and all(t.shape == shape[dim - t.dim():] for t in given.values()):
         folded = [t if t.dim() == 3 else t.view((1,) * (3 - t.dim()) + t.shape) for t in given.values()]
+        batch = dim - 1
     else:
-        padded = [t[(None,) * d] if d else t for t, d in zip(given.values(), dims, strict=True)]
+        shape = _common_shape(op, given, event_dims)
+        batch = len(shape) - event_dims
+        padded = [t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t for t in given.values()]
         # The leading axes part into S and N where no tensor is broadcast in part only, if there is such a place.
         for cut in range(batch + 1):
             spans = (0, cut), (cut, batch), (batch, len(shape))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, working_precision
+from .checks import HALF, check_floats, is_positive, working_precision
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import mmd as reference
 
@@ -47,7 +47,8 @@ def mmd2(x: Tensor, y: Tensor, *, kernel: str = "imq", scales: Sequence[float] |
         unit: the squared distance that is scale 1. Left out, 2·D: the mean squared distance of two points of N(0, I), and
             WAE's choice. For a prior of standard deviation σ pass 2·D·σ²; for a Gaussian kernel of bandwidth b in the form
             exp(−r²/(2b²)) pass 2·b² and scales=[1], with b from `median_heuristic` for instance.
-        estimator: "unbiased" leaves out the pairs i = j and can be negative; "biased" keeps them and cannot.
+        estimator: "unbiased" leaves out the pairs i = j and can be negative; "biased" keeps them and cannot, but by
+            rounding.
         combine: "sum" over the scales (WAE's convention) or their "mean".
         backend: "cpp", "cuda", "triton" or "reference" instead of the automatic choice.
 
@@ -111,15 +112,11 @@ def _kernel_options(op: str, D: int, kernel: str, scales: Sequence[float] | None
         return kernel, [], 1.0
     if scales is None:
         scales = RATIONAL_SCALES if kernel == "rational_quadratic" else WAE_SCALES
-    elif not isinstance(scales, Sequence) or len(scales) == 0 or not all(_is_positive(s) for s in scales):
+    elif not isinstance(scales, Sequence) or len(scales) == 0 or not all(is_positive(s) for s in scales):
         raise ValueError(f"{op}: scales must be a list of one or more positive numbers, given {scales!r}.")
-    if unit is not None and not _is_positive(unit):
+    if unit is not None and not is_positive(unit):
         raise ValueError(f"{op}: unit must be a positive number, given {unit!r}; a tensor's value is unit.item().")
     return kernel, [float(s) for s in scales], 2.0 * D if unit is None else float(unit)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def _check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:

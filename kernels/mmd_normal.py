@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_shape, working_precision
+from .checks import HALF, check_floats, check_shape, is_positive, working_precision
 from .library import Differentiable, Primitive, reference_gradients
 from .mmd import WAE_SCALES
 from .quadrature import inverse_multiquadric
@@ -114,11 +114,12 @@ def _check_options(kernel: str, scales: Sequence[float], estimator: str, combine
                                ("combine", combine, ("sum", "mean"))):
         if value not in known:
             raise ValueError(f"mmd2_to_normal: {name} must be {known[0]!r} or {known[1]!r}, given {value!r}.")
-    if len(scales) == 0 or not all(0 < s < float("inf") for s in scales):
+    if not isinstance(scales, Sequence) or len(scales) == 0 or not all(is_positive(s) for s in scales):
         raise ValueError(f"mmd2_to_normal: scales must be one or more positive numbers, given {scales!r}.")
-    if not 0 < prior_std < float("inf"):
-        raise ValueError(f"mmd2_to_normal: prior_std must be a positive number, given {prior_std!r}.")
-    if not 1e-12 <= tolerance <= 1e-2:
+    if not is_positive(prior_std):
+        raise ValueError(f"mmd2_to_normal: prior_std must be a positive number, given {prior_std!r}; a tensor's value is "
+                         f"prior_std.item().")
+    if not is_positive(tolerance) or not 1e-12 <= tolerance <= 1e-2:
         raise ValueError(f"mmd2_to_normal: tolerance must lie between 1e-12 and 1e-2, given {tolerance!r}.")
 
 

@@ -81,8 +81,8 @@ def median_heuristic(x: Tensor, y: Tensor | None = None) -> Tensor:
     >>> median_heuristic(torch.tensor([[0.0], [1.0], [4.0]]))
     tensor(3.)
     """
-    x, y, _ = check("median_heuristic", x, x if y is None else y, "energy", None, None, least=0)
-    pool = x if x is y else torch.cat((x, y))
+    x, other, _ = check("median_heuristic", x, x if y is None else y, "energy", None, None, least=0)
+    pool = x if y is None else torch.cat((x, other))
     pairs = pool.shape[0] * (pool.shape[0] - 1) // 2
     if pairs == 0:
         raise ValueError(f"median_heuristic: needs two or more points, given {pool.shape[0]}.")

@@ -64,8 +64,8 @@ def pairwise_kl(mu: Tensor, log_var: Tensor, *, std: bool = True, group: "Proces
         float32, and bfloat16 and float16, give float32, as does everything under autocast.
 
     Differentiable, twice, in mu and log_var (once with `group`); where the deviation is 0 its gradient is 0. Time
-    O(N·min(D², N·D)) with `std`; extra memory of the order of the inputs. The same inputs give the same bits, at any number
-    of threads.
+    O(N·min(D², N·D)) with `std`; extra memory of the order of the inputs. With `group` the sums are float64, in time O(N·D²)
+    and memory O(N·D + D²). The same inputs give the same bits, at any number of threads.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit together, or there is no pair.

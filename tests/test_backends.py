@@ -36,6 +36,13 @@ def test_order_of_choice():
     assert chosen(*ARGS) == "cpp"
 
 
+def test_explain_takes_the_arguments_of_the_call():
+    named = dict(zip(("z", "means", "log_vars", "log_weights"), ARGS, strict=True))
+    assert explain(gmm_log_prob, **named) == explain("gmm_log_prob", ARGS[0], **dict(list(named.items())[1:]))
+    with pytest.raises(TypeError, match="needs the arguments of a call of gmm_log_prob, tensors among them; given none"):
+        explain(gmm_log_prob, 3.0)
+
+
 def test_block_restores_the_choice_after_an_error():
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError

@@ -44,7 +44,8 @@ def test_a_run_directory_holds_what_it_says(run, system):
     names = ["config.json", "env.json", "latest", "metrics.jsonl", "step_000006"]
     assert sorted(p.name for p in run.iterdir()) == names
     assert (run / "latest").read_text() == "step_000006\n"
-    assert json.loads((run / "step_000006" / "meta.json").read_text()) == {"format": 1, "step": 6, "epoch": 2}
+    meta = {"format": 1, "step": 6, "epoch": 2, "weights": "trained"}
+    assert json.loads((run / "step_000006" / "meta.json").read_text()) == meta
     config = json.loads((run / "config.json").read_text())
     assert config["system"] == "dgd" and config["train"]["batch_size"] == 8 and config["data"]["shape"] == [20, 1, 4, 4]
     assert json.loads((run / "env.json").read_text())["torch"] == torch.__version__

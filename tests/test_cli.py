@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_engine import load_system
+from latent_engine import load_data, load_system
 from latent_engine.cli import main
 from latent_engine.commands import next_run, parse_train
 
@@ -82,7 +82,7 @@ def test_evaluate_leaves_out_votes_of_ten_neighbours_among_few_rows(tmp_path):
 
 def test_gray_images_stay_gray(data, tmp_path):
     run, x = tmp_path / "gray", np.load(data)["x_test"]
-    assert main(["train", "dgd", "--data", str(data), "--run", str(run), "--no-binarize", "--epochs", "2"]) == 0
+    assert main(["train", "dgd", "--data", str(data), "--run", str(run), "--binarize", "none", "--epochs", "2"]) == 0
     assert main(["evaluate", str(run), "--data", str(data)]) == 0
     scores = json.loads((run / "scores.json").read_text())
     mean = np.load(data)["x_train"].mean(0)
@@ -91,6 +91,27 @@ def test_gray_images_stay_gray(data, tmp_path):
     assert main(["represent", str(run), "--data", str(data), "--out", str(run / "z.npz")]) == 0
     z = load_system(run).represent(torch.tensor(x, dtype=torch.float32)[:, None], steps=20).numpy()
     assert np.allclose(np.load(run / "z.npz")["z"], z, atol=1e-4)
+
+
+def test_dynamic_pixels_and_averaged_weights_are_kept_by_the_run(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "dgd", "--data", str(data), "--run", str(run), "--binarize", "dynamic", "--epochs", "2",
+                 "--ema-decay", "0.9", "--clip-norm", "5"]) == 0
+    assert json.loads((run / "config.json").read_text())["data"]["binarized"] == "dynamic"
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(data)]) == 0
+    assert capsys.readouterr().err == "Weights: epoch 2, averaged (EMA)\n"
+    system, test = load_system(run), load_data(data, "test").pixels("static")
+    z = system.represent(test.x, batch_size=250)
+    expected = -system.likelihood.log_prob(system.decoder(z), test.x).mean().item()
+    assert json.loads((run / "scores.json").read_text())["test_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_needs_a_system_that_has_one(data, tmp_path, capsys):
+    train = ["train", "dgd", "--data", data, "--run", tmp_path / "run"]
+    assert "DGD learns a representation of each" in failure(capsys, *train, "--validation", "0.1", "--patience", "3")
+    assert "patience needs rows to validate on" in failure(capsys, *train, "--patience", "3")
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_depend_on_seed_and_component_only(run, tmp_path):
@@ -106,10 +127,10 @@ def test_samples_depend_on_seed_and_component_only(run, tmp_path):
 
 def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
-    file.write_text("components = 30\nbinarize = false\nlog_precision_mean = -1.5\nepochs = 7\n"
+    file.write_text("components = 30\nbinarize = 'dynamic'\nlog_precision_mean = -1.5\nepochs = 7\n"
                     "[optim.decoder]\nlr = 0.5\nbetas = [0.5, 0.7]\n")
     options = parse_train("dgd", ["--epochs", "9", "--config", str(file), "--optim.prior.lr", "0.2"])
-    assert (options.model.components, options.binarize, options.model.log_precision_mean) == (30, False, -1.5)
+    assert (options.model.components, options.binarize, options.model.log_precision_mean) == (30, "dynamic", -1.5)
     assert (options.train.epochs, options.train.batch_size, options.model.latent_dim) == (9, 32, 2)
     assert (options.model.optim.decoder.lr, options.model.optim.decoder.betas) == (0.5, (0.5, 0.7))
     assert (options.model.optim.prior.lr, options.model.optim.latents.lr) == (0.2, 0.01)
@@ -120,7 +141,8 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     ("componnents = 3", "components"), ("prior = 'cauchy'", "mixture"), ("epochs = 'many'", "int"),
-    ("binarize = 'yes'", "--binarize"), ("normalize = 1", "--normalize"), ("optim = 3", "--optim")])
+    ("binarize = 'yes'", "--binarize"), ("binarize = true", "--binarize"), ("normalize = 1", "--normalize"),
+    ("optim = 3", "--optim")])
 def test_mistakes_in_a_config_file(tmp_path, capsys, content, message):
     file = tmp_path / "settings.toml"
     file.write_text(content)

@@ -2,7 +2,10 @@
 
 import gzip
 import hashlib
+import pickle
 import struct
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,13 +60,60 @@ def test_other_named_sets_are_labelled_images_and_their_splits_differ(name):
 
 def test_pixels_are_floats_in_the_unit_interval():
     data = Data(torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(4, 1, 1, 1))
-    assert torch.equal(data.pixels(binarize=False).x.flatten(), torch.tensor([0, 127, 128, 255]) / 255)
-    assert data.pixels(binarize=True).x.flatten().tolist() == [0, 0, 1, 1]
-    assert data.pixels(binarize=True).binarized and not data.pixels(binarize=False).binarized
+    for binarize in (False, "none"):
+        assert torch.equal(data.pixels(binarize).x.flatten(), torch.tensor([0, 127, 128, 255]) / 255)
+        assert data.pixels(binarize).binarized == "none"
+    for binarize in (True, "threshold"):
+        assert data.pixels(binarize).x.flatten().tolist() == [0, 0, 1, 1]
+        assert data.pixels(binarize).binarized == "threshold"
     with pytest.raises(DataError, match=r"must lie in \[0, 1\].*255"):
         Data(torch.full((1, 1, 2, 2), 255.0)).pixels(binarize=True)
     with pytest.raises(DataError, match="nan"):
         Data(torch.full((1, 1, 2, 2), float("nan"))).pixels(binarize=True)
+
+
+def test_a_static_draw_has_the_intensities_as_probabilities_and_is_always_the_same():
+    intensity = torch.tensor([0, 26, 128, 230, 255], dtype=torch.uint8)
+    data = Data(intensity.repeat(20000).view(-1, 1, 1, 5))
+    x = data.pixels("static").x
+    assert set(x.unique().tolist()) == {0, 1} and data.pixels("static").binarized == "static"
+    p = intensity.double() / 255
+    assert ((x.double().mean((0, 1, 2)) - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()
+    state = torch.get_rng_state()
+    assert torch.equal(data.pixels("static").x, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(replace(data, split="test").pixels("static").x, x)
+
+
+def test_dynamic_rows_keep_their_intensities_and_have_one_fixed_draw_to_evaluate_on(images):
+    data = Data(torch.from_numpy(images)[:, None])
+    dynamic = data.pixels("dynamic")
+    assert dynamic.binarized == "dynamic" and torch.equal(dynamic.x, data.pixels("none").x)
+    assert torch.equal(dynamic.fixed().x, data.pixels("static").x) and dynamic.fixed().binarized == "static"
+    for binarize in ("none", "threshold", "static"):
+        assert torch.equal(data.pixels(binarize).fixed().x, data.pixels(binarize).x)
+
+
+def test_zeros_and_ones_stay_as_they_were_made(images):
+    for made in ("threshold", "static"):
+        data = Data(torch.from_numpy(images)[:, None]).pixels(made)
+        for binarize in ("none", "threshold", "static", "dynamic"):
+            assert torch.equal(data.pixels(binarize).x, data.x) and data.pixels(binarize).binarized == made
+
+
+def test_unknown_binarisations_are_refused(images):
+    data = Data(torch.from_numpy(images)[:, None])
+    with pytest.raises(DataError, match="binarize must be one of none, threshold, static, dynamic, given 'random'"):
+        data.pixels("random")
+    with pytest.raises(DataError, match=r"binarized must be one of none, .*given True"):
+        replace(data, binarized=True)
+
+
+def test_rows_are_taken_with_their_labels():
+    data = Data(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1), torch.arange(5) % 3, "five")
+    taken = data.take(torch.tensor([4, 1]))
+    assert taken.x.flatten().tolist() == [4, 1] and taken.y.tolist() == [1, 1] and taken.name == "five"
+    assert Data(data.x).take(torch.tensor([2])).y is None
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -103,6 +153,37 @@ def test_npz_without_labels_or_test_split(tmp_path, images):
     with pytest.raises(DataError, match="no test images"):
         load(tmp_path / "train.npz", "test")
     assert len(load(tmp_path)) == 7 and len(load(tmp_path, "test")) == 2
+
+
+def test_a_folder_with_a_single_npz(tmp_path, images):
+    np.savez(tmp_path / "faces.npz", images=images, ages=np.arange(3))
+    assert np.array_equal(load(tmp_path).x[:, 0], images) and load(tmp_path).y is None
+    with pytest.raises(DataError, match=r"faces\.npz has no test images: it holds images, ages"):
+        load(tmp_path, "test")
+    np.savez(tmp_path / "more.npz", images=images)
+    with pytest.raises(DataError, match=r"has no train data: looked for .* and a single \.npz"):
+        load(tmp_path)
+
+
+def test_pickles_are_never_read(tmp_path):
+    (tmp_path / "faces.pkl").write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(DataError, match=r"Cannot read .*faces\.pkl.*numpy\.savez.*A pickle is never read"):
+        load(tmp_path / "faces.pkl")
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize(("name", "split", "shape", "classes"), [
+    ("mnist", "train", (60000, 1, 28, 28), 10), ("mnist", "test", (10000, 1, 28, 28), 10),
+    ("cifar10", "train", (5000, 3, 32, 32), 10), ("cifar10", "test", (1000, 3, 32, 32), 10),
+    ("omniglot-small", "train", (3872, 1, 28, 28), 242), ("omniglot-small", "test", (968, 1, 28, 28), 242),
+    ("freyfaces", "train", (1965, 1, 28, 20), None), ("freyfaces/freyfaces.npz", "train", (1965, 1, 28, 20), None)])
+def test_data_sets_of_the_papers_are_read_from_their_folders(name, split, shape, classes):
+    data = load(SHARED / name, split)
+    assert data.x.dtype == torch.uint8 and data.x.shape == shape
+    assert data.y is None if classes is None else data.y.unique().tolist() == list(range(classes))
 
 
 def test_a_name_is_looked_up_in_the_data_folders_first(tmp_path, monkeypatch, images):

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from latent_engine.extras import MissingExtraError
-from latent_engine.figures import COLORS, image_grid, latent_scatter, model_sheet, montage, plane, training_curves
+from latent_engine.figures import (
+    COLORS,
+    image_grid,
+    interpolations,
+    latent_scatter,
+    manifold,
+    model_sheet,
+    montage,
+    pairs,
+    plane,
+    training_curves,
+    traversals,
+)
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
@@ -58,6 +70,29 @@ def test_montage_puts_images_row_by_row_as_ink_on_white():
     assert sheet[0, [0, 4, 8]].tolist() == [1, 0.75, 0.5] and sheet[3, [0, 4]].tolist() == [0.25, 0]
     assert (sheet[2] == 1).all() and (sheet[3:, 8:] == 1).all()
     assert montage(torch.zeros(4, 3, 2, 3), columns=2, gap=0).shape == (4, 6, 3)
+
+
+def test_the_manifold_is_a_grid_of_equal_probability():
+    z = manifold(4)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    cells = normal.cdf(z).view(4, 4, 2)
+    quarters = torch.tensor([1, 3, 5, 7]) / 8
+    assert torch.allclose(cells[..., 0], quarters.expand(4, 4)) and torch.allclose(cells[..., 1], quarters.flip(0)[:, None])
+    assert z.shape == (16, 2) and manifold(1).tolist() == [[0, 0]]
+
+
+def test_traversals_change_one_dimension_and_interpolations_end_where_they_should():
+    z = torch.tensor([1.0, 2.0, 3.0])
+    walks = traversals(z, [2, 0], torch.tensor([-1.0, 0.0, -3.0]), torch.tensor([1.0, 0.0, 5.0]), steps=3)
+    assert walks.tolist() == [[1, 2, -3], [1, 2, 1], [1, 2, 5], [-1, 2, 3], [0, 2, 3], [1, 2, 3]]
+    lines = interpolations(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[4.0, 2.0], [1.0, 0.0]]), steps=3)
+    assert lines.tolist() == [[0, 0], [2, 1], [4, 2], [1, 1], [1, 0.5], [1, 0]]
+
+
+def test_pairs_lie_below_each_other():
+    images = torch.arange(5.0).view(5, 1, 1, 1)
+    assert pairs(images, -images, columns=2).flatten().tolist() == [0, 1, 0, -1, 2, 3, -2, -3]
+    assert len(pairs(images, images, columns=10)) == 0
 
 
 def test_curves_have_one_panel_for_each_quantity():

@@ -81,6 +81,12 @@ def test_half_precision_gives_float32(dtype):
     z, *mixture_ = mixture(12, 5, 3)
     value, grads = gmm_log_prob_and_grad(z.to(dtype), *mixture_)
     assert {t.dtype for t in (value, *grads)} == {torch.float32}
+    ones = torch.ones(12, dtype=dtype)
+    assert_same(gmm_log_prob_and_grad(z.to(dtype), *mixture_, ones), by_autograd([z.to(dtype), *mixture_], ones))
+    inputs = [t.double() for t in (z, *mixture_)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gmm_log_prob_and_grad(*inputs, ones.double())
+    assert_same(found, by_autograd(inputs, ones))
     assert_same((value, grads), by_autograd([z.to(dtype), *mixture_], torch.ones(12)))
 
 

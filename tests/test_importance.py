@@ -428,5 +428,10 @@ def test_mistakes_of_the_bound():
         importance_bound(torch.zeros(()))
     with pytest.raises(ValueError, match=r"importance_weights: log_w must have shape \[S, ...\], given a scalar"):
         importance_weights(torch.zeros(()))
+    for alpha in (0.0, 1.0):
+        with pytest.raises(ValueError, match="importance_weights: a bound needs at least one sample, given S = 0"):
+            importance_weights(torch.zeros(0, 3), alpha)
+    with pytest.raises(ValueError, match="importance_weights: alpha must be a number or ±inf, given nan"):
+        importance_weights(torch.zeros(4, 3), math.nan)
     with pytest.raises(TypeError, match=r"log_w must be a floating-point tensor, given torch.int64"):
         importance_bound(torch.zeros(3, 2, dtype=torch.int64))

@@ -179,6 +179,22 @@ def test_underflowed_weights_leave_finite_gradients():
         assert all(g.isfinite().all() for g in result.values())
 
 
+@pytest.mark.parametrize("gap", [60, 86, 90, 95, 103, 110])
+def test_piwae_where_weights_of_a_group_are_not_normal_numbers(gap):
+    """The quotient of encoder's and decoder's weight overflows from there on."""
+    m = model(6, dtype=torch.float32)
+    behind = torch.tensor([0.0, gap]).repeat_interleave(3)[:, None]
+    found = []
+    for backend in BACKENDS:
+        mu = m["mu"].detach().requires_grad_()
+        z = mu + m["noise"]
+        log_px = log_likelihood(m["x"], z, m["theta"]) - behind
+        value = importance_objective(z, mu, torch.zeros_like(mu), log_px, estimator="piwae", groups=2, backend=backend)
+        found += torch.autograd.grad(value.sum(), mu)
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_hook_serves_a_leaf_and_none_is_left_without_gradients():
     m = model(5)
     z = (m["mu"] + m["noise"]).requires_grad_()

@@ -10,7 +10,15 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from latent_engine.kernels import ImportanceAccumulator, effective_sample_size, importance_bound, importance_weights, pareto_k
+from latent_engine.kernels import (
+    BackendError,
+    ImportanceAccumulator,
+    effective_sample_size,
+    importance_bound,
+    importance_weights,
+    pareto_k,
+    use_backend,
+)
 from latent_engine.kernels.importance_statistics import OP
 
 from oracles import importance as oracle
@@ -160,7 +168,28 @@ def test_mistakes_get_one_clear_error():
         samples.add(torch.zeros(3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"log_w must have shape \[S, ...\], given a scalar"):
         samples.add(torch.zeros(()))
+    with pytest.raises(BackendError), use_backend("cuda"):
+        samples.add(torch.zeros(1, 3))
     assert samples.samples == 8 and OP.name == "effective_sample_size"
+    assert (samples.log_likelihood() == 0).all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_effective_sample_size_compiles_to_one_graph(dynamic):
+    compiled = torch.compile(effective_sample_size, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for S in (30, 41):
+        torch.testing.assert_close(compiled(draws(S, 3)), effective_sample_size(draws(S, 3)))
+    with pytest.raises(ValueError, match="effective_sample_size: needs at least one sample, given S = 0"):
+        effective_sample_size(torch.zeros(0, 3))
+
+
+def test_refused_samples_leave_an_empty_accumulator_empty():
+    samples = ImportanceAccumulator(max_samples=3)
+    with pytest.raises(ValueError, match="5 samples are more than max_samples = 3"):
+        samples.add(torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="5 samples are more than max_samples = 3"):
+        samples.merge(ImportanceAccumulator(max_samples=5).add(torch.zeros(5, 2)))
+    assert samples.add(torch.zeros(2, 4)).log_likelihood().shape == (4,)
 
 
 WORKER = """
@@ -168,9 +197,24 @@ import os, sys, torch
 from torch import distributed
 from latent_engine.kernels import ImportanceAccumulator
 rank = int(sys.argv[1])
+def refused(message, mine):
+    before = mine.samples
+    try:
+        mine.all_reduce()
+    except ValueError as error:
+        assert message in str(error), error
+        assert mine.samples == before
+    else:
+        raise AssertionError(message)
 distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 log_w = 2 * torch.randn(300, 7, generator=torch.Generator().manual_seed(0)) - 90
 mine = (log_w[:17], log_w[17:])[rank]  # fewer samples than the tail has, and the rest
+refused("every process must have added samples, given [17, 0]",
+        ImportanceAccumulator().add(mine) if rank == 0 else ImportanceAccumulator())
+refused("one shape and one max_samples, given [[7], [7]] and [400, None]",
+        ImportanceAccumulator(max_samples=(400, None)[rank]).add(mine))
+refused("one shape and one max_samples, given [[6], [7]]", ImportanceAccumulator().add(mine[:, 1 - rank:]))
+refused("300 samples are more than max_samples = 290", ImportanceAccumulator(max_samples=290).add(mine))
 samples = ImportanceAccumulator(max_samples=300).add(mine).all_reduce()
 torch.save([samples.log_likelihood(), samples.elbo(), samples.effective_sample_size(), samples.pareto_k()], sys.argv[3])
 distributed.destroy_process_group()

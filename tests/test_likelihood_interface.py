@@ -89,6 +89,22 @@ def test_variance_is_the_optimum():
         gaussian_variance(x, mean, (5,))
 
 
+def test_variance_of_missing_entries_and_none():
+    mean = torch.zeros(2, 2, requires_grad=True)
+    x, mask = torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), torch.tensor([[True, False], [True, True]])
+    variance = gaussian_variance(x, mean, mask=mask)
+    variance.backward()
+    torch.testing.assert_close(variance, torch.tensor(14 / 3))
+    torch.testing.assert_close(mean.grad, -2 / 3 * torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+    assert gaussian_variance(torch.zeros(3, 0), torch.zeros(3, 0), (0,)).shape == (0,)
+    assert gaussian_variance(torch.zeros(0, 3), torch.zeros(0, 3), (3,)).isnan().all()
+
+
+def test_variance_of_half_precision_is_float32():
+    x, mean = torch.linspace(0, 1, 1001).bfloat16(), torch.zeros(1001, dtype=torch.bfloat16)
+    assert torch.equal(gaussian_variance(x, mean), gaussian_variance(x.float(), mean.float()))
+
+
 X, L = torch.zeros(3, 4), torch.zeros(2, 3, 4)
 
 

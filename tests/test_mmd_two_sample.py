@@ -68,7 +68,9 @@ def test_median_of_odd_inputs():
     assert median_heuristic(x).isfinite()
     x[3] = torch.nan
     assert median_heuristic(x).isnan()
-    assert median_heuristic(draws(9, 2).half()).dtype == torch.float32
+    half, single = draws(9, 2).half(), draws(9, 2).half().float()
+    torch.testing.assert_close(median_heuristic(half), median_heuristic(single), rtol=0, atol=0)
+    torch.testing.assert_close(median_heuristic(half, half), median_heuristic(single, single.clone()), rtol=0, atol=0)
     with pytest.raises(ValueError, match="needs two or more points, given 1"):
         median_heuristic(torch.zeros(1, 2))
 

@@ -184,6 +184,18 @@ def test_a_run_interrupted_in_one_stage_ends_in_another_with_the_same_bits(tmp_p
         assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
 
 
+def test_validation_compares_epochs_by_both_stages():
+    digits = load_data("digits").pixels(binarize=False)
+    data, held_out = (dataclasses.replace(digits, x=digits.x[rows], y=None) for rows in (slice(200), slice(200, 300)))
+    torch.manual_seed(0)
+    system = TwoStageVAE.for_data(config(TwoStageVAE), data)
+    records = fit(system, data, TrainConfig(epochs=6, batch_size=20), validation=held_out, progress=False)
+    scores = [record["validation/total"] for record in records]
+    torch.manual_seed(0)
+    total = system.validation_loss(Batch(held_out.x, torch.arange(100)))["total"].item()
+    assert min(scores) == min(scores[2:]) == pytest.approx(total, rel=0.05)
+
+
 def test_what_is_fixed_is_in_evaluation_mode():
     """Running statistics of normalisation belong to the stage in which their layer learns."""
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(15, 6), nn.BatchNorm1d(6))

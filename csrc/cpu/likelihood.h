@@ -28,9 +28,9 @@ struct LikelihoodInputs {
   int64_t derived_size;
 };
 
-// S × N rows are cut into chunks, one task each. The cut depends on sizes only.
+// S × N rows are cut into chunks that differ by one row at most, one task each. The cut depends on sizes only.
 struct LikelihoodGrid {
-  int64_t s_rows, s_chunks, n_rows, n_chunks;
+  int64_t s_chunks, n_chunks;
 
   int64_t tasks() const { return s_chunks * n_chunks; }
 };

@@ -12,7 +12,9 @@ struct Posteriors {
   int64_t mu_strides[2], log_var_strides[2];
 };
 
-// The batch by dimension, [D][stride]: rows are padded to whole groups of 64 bytes with standard normals.
+constexpr int64_t kPairDims = 16;  // dimensions of a block of the gradient of the deviation: a cache line
+
+// The batch by dimension, [D][stride]: rows are padded to whole groups of 64 bytes, with σ² = 1 / σ² = 0.
 template <class T>
 struct PairColumns {
   int64_t stride;
@@ -53,11 +55,13 @@ template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
   PairColumns<T> columns;
-  PairTasks<T> tasks;
-  T mean;             // of the total
+  T mean, scale;      // of the total; of the gradients
   T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
   T* deviations;      // [stride][stride]: KL − mean by second posterior, 0 on the diagonal and in the padding
   T *sums, *squares;  // [stride]
+  T* turned;          // [stride][stride]: the deviations by first posterior
+  T* balance;         // [stride]
+  T* gradients;       // [2][N][D]
 };
 
 // The deviation from Gram matrices of the features, where N is well above 4 D: 2 KL(i‖j) = a_i · b_j + r_i + c_j.
@@ -87,9 +91,12 @@ struct PairwiseKlKernels {
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions
   void (*mean_gradient)(const PairwiseKlMean<T>&, int64_t first, int64_t last);  // of rows
 
+  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, int64_t first, int64_t last);  // of dimensions
+  void (*log_dets)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of posteriors, whole groups
   void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors, whole groups
   void (*deviations)(const PairwiseKlDirect<T>&, T error, int64_t first, int64_t last);
-  void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t task);
+  void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows
+  void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions
 
   void (*gram_features)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of rows
   void (*gram_columns)(const double* x, const double* weights, int64_t rows, int64_t width, double* out, int64_t first,

@@ -20,6 +20,20 @@ static inline T sum_groups(int64_t n, const F& f) {
   return sum_lanes<T>(sums);
 }
 
+// Lanes of T as double.
+template <class T>
+static inline Vec<double> load_wide(const T* p) {
+  typedef T Part __attribute__((vector_size(kLanes<double> * sizeof(T)), aligned(sizeof(T)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Part*>(p), Vec<double>);
+}
+
+// f(number of vectors, first of them) over n vectors, `most` at a time.
+template <int most, class F>
+static inline void in_tiles(int64_t n, const F& f, int64_t first = 0) {
+  for (; first + most <= n; first += most) f(std::integral_constant<int, most>{}, first);
+  if constexpr (most > 1) in_tiles<most - 1>(n, f, first);
+}
+
 template <class T>
 static void pair_columns(const Posteriors<T>& p, const PairColumns<T>& c, int64_t first, int64_t last) {
   transpose(p.mu + first * p.mu_strides[1], p.mu_strides[0], p.mu_strides[1], c.mu + first * c.stride, c.stride, p.N,
@@ -36,6 +50,8 @@ static void pair_columns(const Posteriors<T>& p, const PairColumns<T>& c, int64_
       store(var + i, exp<T>(x));
       store(inverse + i, exp<T>(-x));
     }
+    std::fill(var + p.N, var + c.stride, T(0));
+    std::fill(inverse + p.N, inverse + c.stride, T(0));
   }
 }
 
@@ -121,8 +137,8 @@ static void pair_block(const PairColumn<T>& c, Weights& weights, int64_t i0, int
                        T* columns, int64_t stride) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   for (int64_t j = j0; j < j1; j += kPairTile) {
-    const int64_t diagonal = Weights::masked ? std::clamp(j / kGroup<T> * kGroup<T>, i0, i1) : i1;
-    const int64_t after = Weights::masked && j < i0 ? i0 : std::min(i1, diagonal + kGroup<T>);
+    const int64_t diagonal = std::clamp(j / kGroup<T> * kGroup<T>, i0, i1);
+    const int64_t after = j < i0 ? i0 : std::min(i1, diagonal + kGroup<T>);
     Vec<T> parts[kPairSums][kPairTile][registers];
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
@@ -212,12 +228,53 @@ struct CentredRow {
   }
 };
 
+// Sums over the posteriors of m, v, w, m w, m² and m² w.
+enum MomentSum { of_m, of_v, of_w, of_mw, of_m2, of_m2w, kMomentSums };
+
 // Σ_ij KL_d(i‖j) = ½ [Σ v Σ w + Σ m² Σ w − 2 Σ m Σ m w + N Σ m² w − N²], since the log-variances cancel over all pairs.
+// `sums` are `stride` apart.
+template <class T>
+static void pairwise_kl_mean_of(const PairwiseKlMean<T>& p, int64_t d, const double* sums, int64_t stride) {
+  const auto moment = [&](Moment k) -> T& { return p.moments[k * p.batch.D + d]; };
+  const double N = p.batch.N, m = sums[of_m * stride], w = sums[of_w * stride], mw = sums[of_mw * stride];
+  const double v_m2 = sums[of_v * stride] + sums[of_m2 * stride];
+  const double total = v_m2 * w - 2 * m * mw + N * sums[of_m2w * stride] - N * N;
+  p.mean[d] = T(0.5 * total / (N * (N - 1)));
+  moment(sum_m) = T(m), moment(sum_w) = T(w), moment(sum_mw) = T(mw), moment(sum_v_m2) = T(v_m2);
+}
+
+// Dimensions [first, last) of the mean from columns, in whose padding nothing counts.
+template <class T>
+static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, int64_t first, int64_t last) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES, lanes = kLanes<double>;
+  for (int64_t d = first; d < last; ++d) {
+    T* const mu = c.mu + d * c.stride;
+    const T *const var = c.var + d * c.stride, *const inverse = c.inverse + d * c.stride;
+    const double total = sum_groups<double>(c.stride, [&](int64_t i) { return load_wide(mu + i); });
+    const T middle = p.moments[centre * p.batch.D + d] = T(total / p.batch.N);
+    std::fill(mu + p.batch.N, mu + c.stride, middle);
+    Vec<double> parts[kMomentSums][registers] = {}, folded[kMomentSums];
+    for (int64_t i = 0; i < c.stride; i += kGroup<double>)
+#pragma GCC unroll 4
+      for (int r = 0; r < registers; ++r) {
+        const int64_t at = i + r * lanes;
+        const Vec<double> m = load_wide(mu + at) - double(middle), v = load_wide(var + at), w = load_wide(inverse + at);
+        const Vec<double> mw = m * w;
+        parts[of_m][r] += m, parts[of_v][r] += v, parts[of_w][r] += w, parts[of_mw][r] += mw;
+        parts[of_m2][r] += m * m, parts[of_m2w][r] += m * mw;
+      }
+    for (int k = 0; k < kMomentSums; ++k) folded[k] = fold_registers<double>(parts[k]);
+    double sums[8];  // whole vectors
+    sum_halves_of<double>(folded, sums);
+    pairwise_kl_mean_of(p, d, sums, 1);
+  }
+}
+
 template <class T>
 static void pairwise_kl_mean_columns(const PairwiseKlMean<T>& p, int64_t first, int64_t count) {
   const int64_t N = p.batch.N, D = p.batch.D;
   const auto moment = [&](Moment m) { return p.moments + m * D + first; };
-  double sums[6][kMomentColumns] = {};
+  double sums[kMomentSums][kMomentColumns] = {};
   for (int64_t n = 0; n < N; ++n)
     for (int64_t k = 0; k < count; ++k)
       sums[0][k] += p.batch.mu[n * p.batch.mu_strides[0] + (first + k) * p.batch.mu_strides[1]];
@@ -230,15 +287,11 @@ static void pairwise_kl_mean_columns(const PairwiseKlMean<T>& p, int64_t first, 
     row.read(p.batch, n, first, count, moment(centre));
     for (int64_t k = 0; k < count; ++k) {
       const double m = row.mu[k], v = row.var[k], w = row.inverse[k], mw = m * w;
-      sums[0][k] += m, sums[1][k] += v, sums[2][k] += w, sums[3][k] += mw, sums[4][k] += m * m, sums[5][k] += m * mw;
+      sums[of_m][k] += m, sums[of_v][k] += v, sums[of_w][k] += w, sums[of_mw][k] += mw;
+      sums[of_m2][k] += m * m, sums[of_m2w][k] += m * mw;
     }
   }
-  for (int64_t k = 0; k < count; ++k) {
-    const double m = sums[0][k], w = sums[2][k], mw = sums[3][k], v_m2 = sums[1][k] + sums[4][k];
-    const double total = v_m2 * w - 2 * m * mw + N * sums[5][k] - double(N) * N;
-    p.mean[first + k] = T(0.5 * total / (double(N) * (N - 1)));
-    moment(sum_m)[k] = T(m), moment(sum_w)[k] = T(w), moment(sum_mw)[k] = T(mw), moment(sum_v_m2)[k] = T(v_m2);
-  }
+  for (int64_t k = 0; k < count; ++k) pairwise_kl_mean_of(p, first + k, &sums[0][k], kMomentColumns);
 }
 
 template <class T>

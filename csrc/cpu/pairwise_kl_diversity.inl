@@ -56,7 +56,7 @@ struct SoftplusTile {
 template <class T, bool need_gradients>
 class SoftplusWeights {
  public:
-  static constexpr bool gradients = need_gradients, masked = true;
+  static constexpr bool gradients = need_gradients;
   using Tile = SoftplusTile<T, gradients>;
 
   // `halves` are ½ log₂ σ² less a constant.

@@ -2,6 +2,7 @@
 // from the pair matrix, 2 FMAs a pair and dimension and 5 more for the gradients, or from Gram matrices in float64, 4 D² FMAs
 // a posterior and 8 D² more.
 
+constexpr int kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;  // of first posteriors in a register tile
 constexpr int64_t kTotalRun = 32;  // dimensions added up before they join the total: over D = 1024 a plain sum is off by 4 eps
 
 // 2 KL less the difference of the log-determinants, Σ_d (p w − 1), of a tile of second posteriors and `vectors` of first ones.
@@ -33,15 +34,28 @@ static inline void pair_total_tile(const PairwiseKlDirect<T>& p, int64_t j, int6
     }
 }
 
+// log_det of the posteriors [first, last), whole groups; those of close ones must not lose digits to a common level.
+template <class T>
+static void pair_log_dets(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
+  constexpr int parts = kGroup<T> / kLanes<double>;
+  for (int64_t i = first; i < last; i += kGroup<T>) {
+    Vec<double> sums[parts] = {};
+    for (int64_t d = 0; d < p.batch.D; ++d) {
+      const T* const log_var = p.columns.log_var + d * p.columns.stride;
+      for (int k = 0; k < parts; ++k) sums[k] += load_wide(log_var + i + k * kLanes<double>) - double(log_var[0]);
+    }
+    for (int k = 0; k < kGroup<T>; ++k) p.log_det[i + k] = T(sums[k / kLanes<double>][k % kLanes<double>]);
+  }
+}
+
 // KL − mean of the second posteriors [first, last), and their sums.
 template <class T>
 static void pair_totals(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
   const int64_t stride = p.columns.stride, N = p.batch.N;
-  constexpr int vectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
   for (int64_t j = first; j < last; j += kPairTile) {
-    int64_t i = 0;
-    for (; i + vectors * kLanes<T> <= stride; i += vectors * kLanes<T>) pair_total_tile<T, vectors>(p, j, i);
-    for (; i < stride; i += kLanes<T>) pair_total_tile<T, 1>(p, j, i);
+    in_tiles<kPairVectors>(stride / kLanes<T>, [&](auto vectors, int64_t v) {
+      pair_total_tile<T, vectors()>(p, j, v * kLanes<T>);
+    });
     for (int t = 0; t < kPairTile; ++t) {
       T* const row = p.deviations + (j + t) * stride;
       if (j + t < N) std::fill(row + N, row + stride, T(0)), row[j + t] = 0;
@@ -62,31 +76,62 @@ static void pair_deviations(const PairwiseKlDirect<T>& p, T error, int64_t first
   }
 }
 
+// Rows [first, last) of the transposed deviations; Σ_k g_ki − Σ_j g_ij, which all dimensions share.
 template <class T>
-struct GivenTile {
-  static constexpr bool gradients = true;
-  const T* weights;
-  int64_t stride;
-
-  template <bool on_diagonal>
-  inline __attribute__((always_inline)) Vec<T> weight(int t, int64_t i, Vec<T>) const {
-    return load(weights + t * stride + i);
+static void pair_turn(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
+  const int64_t stride = p.columns.stride;
+  transpose(p.deviations + first, stride, 1, p.turned + first * stride, stride, stride, last - first);
+  for (int64_t i = first; i < last; ++i) {
+    const T *const second = p.deviations + i * stride, *const first_role = p.turned + i * stride;
+    p.balance[i] = sum_groups<T>(stride, [&](int64_t k) { return load(second + k) - load(first_role + k); });
   }
-};
+}
 
+// The gradients of dimension d for `vectors` vectors of posteriors i, in both roles: no sum is one over lanes.
+template <class T, int vectors>
+static inline void pair_gradient_tile(const PairwiseKlDirect<T>& p, int64_t d, int64_t i, T* dmu, T* dlog_var) {
+  enum { gw, gwd, hd, hp, kSums };  // g = g_ij, h = g_ji
+  const int64_t N = p.batch.N, stride = p.columns.stride;
+  const PairColumn<T> c(p.columns, d);
+  Vec<T> mu[vectors], totals[kSums][vectors] = {};
+  for (int v = 0; v < vectors; ++v) mu[v] = load(c.mu + i + v * kLanes<T>);
+  for (int64_t j0 = 0; j0 < N; j0 += kPairColumns) {
+    Vec<T> sums[kSums][vectors] = {};
+    for (int64_t j = j0; j < std::min(N, j0 + kPairColumns); ++j) {
+      const T *const as_first = p.deviations + j * stride + i, *const as_second = p.turned + j * stride + i;
+      const Vec<T> mu_j = broadcast(c.mu[j]), var_j = broadcast(c.var[j]), inverse_j = broadcast(c.inverse[j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<T> delta = mu[v] - mu_j, h = load(as_second + v * kLanes<T>);
+        const Vec<T> weighted = load(as_first + v * kLanes<T>) * inverse_j;
+        sums[gw][v] += weighted, sums[gwd][v] += weighted * delta;
+        sums[hd][v] += h * delta, sums[hp][v] += h * (delta * delta + var_j);
+      }
+    }
+    for (int s = 0; s < kSums; ++s)
+      for (int v = 0; v < vectors; ++v) totals[s][v] += sums[s][v];
+  }
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = i + v * kLanes<T>;
+    const Vec<T> w = load(c.inverse + at), balance = load(p.balance + at);
+    store(dmu + at, p.scale * (totals[gwd][v] + w * totals[hd][v]));
+    store(dlog_var + at, p.scale * T(0.5) * ((load(c.var + at) * totals[gw][v] - w * totals[hp][v]) + balance));
+  }
+}
+
+// The gradients of dimensions [first, last).
 template <class T>
-struct GivenWeights {
-  static constexpr bool gradients = true, masked = false;  // they are 0 on the diagonal
-  const T* weights;
-  int64_t stride;
-
-  GivenTile<T> begin(int64_t j, int) const { return {weights + j * stride, stride}; }
-  void end(const GivenTile<T>&, int) {}
-  void done(int64_t) {}
-};
-
-template <class T>
-static void pair_direct_gradient(const PairwiseKlDirect<T>& p, int64_t task) {
-  GivenWeights<T> weights{p.deviations, p.columns.stride};
-  pair_task(p.columns, p.tasks, weights, p.batch.D, task);
+static void pair_direct_gradient(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
+  const int64_t N = p.batch.N, D = p.batch.D, stride = p.columns.stride;
+  Arena<T> arena(Scratch::task, kPairDims * stride, kPairDims * stride);
+  T *const dmu = arena.take(kPairDims * stride), *const dlog_var = arena.take(kPairDims * stride);
+  for (int64_t d0 = first; d0 < last; d0 += kPairDims) {
+    const int64_t count = std::min(kPairDims, last - d0);
+    for (int64_t k = 0; k < count; ++k)
+      in_tiles<kPairVectors>(stride / kLanes<T>, [&](auto vectors, int64_t v) {
+        pair_gradient_tile<T, vectors()>(p, d0 + k, v * kLanes<T>, dmu + k * stride, dlog_var + k * stride);
+      });
+    transpose(dmu, stride, 1, p.gradients + d0, D, count, N);
+    transpose(dlog_var, stride, 1, p.gradients + N * D + d0, D, count, N);
+  }
 }

@@ -212,15 +212,27 @@ static inline void transpose_4x4(const float* in, int64_t in_stride, float* out,
 template <class T>
 static void transpose(const T* in, int64_t row_stride, int64_t col_stride, T* out, int64_t out_stride, int64_t rows,
                       int64_t cols) {
-  int64_t r = 0;
-  if (std::is_same<T, float>::value && col_stride == 1)
-    for (; r + 4 <= rows; r += 4) {
-      int64_t c = 0;
-      for (; c + 4 <= cols; c += 4)
-        transpose_4x4((const float*)in + r * row_stride + c, row_stride, (float*)out + c * out_stride + r, out_stride);
-      for (; c < cols; ++c)
-        for (int i = 0; i < 4; ++i) out[c * out_stride + r + i] = in[(r + i) * row_stride + c];
+  const auto each = [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+    for (int64_t r = r0; r < r1; ++r)
+      for (int64_t c = c0; c < c1; ++c) out[c * out_stride + r] = in[r * row_stride + c * col_stride];
+  };
+  if (!std::is_same<T, float>::value || col_stride != 1) return each(0, rows, 0, cols);
+  constexpr int64_t block = 16;  // a cache line
+  const auto tile = [&](int64_t r, int64_t c) {
+    transpose_4x4((const float*)in + r * row_stride + c, row_stride, (float*)out + c * out_stride + r, out_stride);
+  };
+  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t r0 = 0; r0 < whole_rows; r0 += block)
+    for (int64_t c0 = 0; c0 < whole_cols; c0 += block) {
+      // Lines that are far apart, often in one set of the cache, are finished four at a time.
+      const int64_t r1 = std::min(whole_rows, r0 + block), c1 = std::min(whole_cols, c0 + block);
+      if (row_stride > out_stride)
+        for (int64_t r = r0; r < r1; r += 4)
+          for (int64_t c = c0; c < c1; c += 4) tile(r, c);
+      else
+        for (int64_t c = c0; c < c1; c += 4)
+          for (int64_t r = r0; r < r1; r += 4) tile(r, c);
     }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) out[c * out_stride + r] = in[r * row_stride + c * col_stride];
+  each(0, whole_rows, whole_cols, cols);
+  each(whole_rows, rows, 0, cols);
 }

@@ -62,7 +62,7 @@ PRESETS = {
 
 
 def load_system(folder: str | os.PathLike[str], **modules: Any) -> System:
-    """The system that `System.save` wrote into `folder`, or the latest of the run directory `folder`."""
+    """The system that `System.save` wrote into `folder`, or that of the run directory `folder` (see `System.load`)."""
     name = read_description(folder)["system"]
     if name not in SYSTEMS:
         raise CheckpointError(f"{folder} holds a system {name!r}; this version knows {', '.join(SYSTEMS)}.")

@@ -84,8 +84,8 @@ class IWAE(VAE):
         bound = importance_objective(z, *posterior, log_px_z, log_pz, estimator=config.estimator, alpha=alpha,
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
-            kl = self._kl(posterior, log_pz).sum() / len(batch.x)
-        return {"total": -bound.mean(), "log_px_z": log_px_z.detach().mean(), "kl": kl, **self._gamma()}
+            log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, log_pz))
+        return {"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl, **self._gamma()}
 
     def _best(self, z: Tensor, posterior: Posterior, x: Tensor) -> Tensor:
         """The sample of largest weight of each row, `[S, N, D]` -> `[1, N, D]`."""

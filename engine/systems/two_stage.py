@@ -23,8 +23,7 @@ stage and every 300 of the second, and decode a sample of z where they reconstru
 they are our choice.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -34,6 +33,7 @@ from torch import Generator, Tensor, nn
 from .. import bounds, networks
 from ..bounds import Posterior
 from ..data import Data
+from ..diagnostics import evaluating
 from ..system import Batch, OptimizerConfig, Phase
 from .vae import AE, VAE, AEConfig, VAEConfig, VAEOptim, check_sizes
 
@@ -152,10 +152,14 @@ class TwoStageVAE(VAE):
         elbo = self.log_weights(self.encode(batch.x), batch.x, self.config.samples).mean()
         return {"total": -elbo, "elbo": elbo}
 
+    def validation_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The negative ELBO of both stages together, which epochs of different stages can be compared by."""
+        return self.loss(batch)
+
     @torch.no_grad()
     def _draw(self, x: Tensor) -> Tensor:
         """z ~ q(z | x) `[N, D]` of an encoder that no longer learns."""
-        with _evaluating(self.encoder):
+        with evaluating(self.encoder):
             return bounds.reparametrize(self.encode(x), 1)[0]
 
     def _log_pz(self, z: Tensor, generator: Generator | None = None) -> Tensor:
@@ -202,25 +206,14 @@ class VAEPlus(TwoStageVAE):
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of each row of `x` `[N, C, H, W]`."""
-        with _evaluating(self.autoencoder):
+        with evaluating(self.autoencoder):
             codes = self.autoencoder.represent(x)
         return super().encode(codes)
 
     def _decoder_output(self, z: Tensor) -> Tensor:
         codes = super()._decoder_output(z)
-        with _evaluating(self.autoencoder):
+        with evaluating(self.autoencoder):
             return self.autoencoder._decoder_output(codes)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, `module` is in evaluation mode."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 def _autoencoder_config(config: VAEPlusConfig) -> AEConfig:

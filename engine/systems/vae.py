@@ -263,9 +263,9 @@ class VAE(AE):
         log_px_z = self.likelihood.log_prob(output, batch.x)
         kl = self._divergence(posterior, z)
         total = self._kl_loss(kl) - self._fit(log_px_z, output).mean()
-        per_row = kl.sum(1) if kl.dim() == 2 else kl
-        return {"total": total, "log_px_z": log_px_z.mean(), "kl": per_row.mean(),
-                "elbo": bounds.elbo(log_px_z, per_row).mean(), **self._gamma()}
+        with torch.no_grad():
+            log_px_z, kl = log_px_z.mean(), bounds.mean_kl(kl)
+        return {"total": total, "log_px_z": log_px_z, "kl": kl, "elbo": log_px_z - kl, **self._gamma()}
 
     def after_step(self, step: int) -> None:
         self.step.fill_(step)
@@ -327,7 +327,7 @@ class VAE(AE):
         if config.target_kl:
             return weight * bounds.distance_to_target(kl, ramp * config.target_kl)
         free = bounds.free_bits if config.free_bits_per == "batch" else bounds.free_bits_per_dimension
-        return weight * ramp * (free(kl, config.free_bits) if config.free_bits else kl.sum() / len(kl))
+        return weight * ramp * (free(kl, config.free_bits) if config.free_bits else bounds.mean_kl(kl))
 
     def _ramp(self) -> Tensor | float:
         """From 0 to 1, by `warmup`."""

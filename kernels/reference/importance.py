@@ -59,5 +59,5 @@ def dreg_factor(weights: Tensor, alpha: float, elbo_weight: float, groups: int) 
 
 
 def piwae_factor(decoder: Tensor, encoder: Tensor) -> Tensor:
-    """By what PIWAE multiplies the gradient that reaches z; 0 where the decoder's weight has underflowed."""
-    return torch.where(decoder > 0, encoder / decoder, 0.0)
+    """By what PIWAE multiplies the gradient that reaches z; 0 where the decoder's weight is not a normal number."""
+    return torch.where(decoder < torch.finfo(decoder.dtype).tiny, 0.0, encoder / decoder)

@@ -45,8 +45,9 @@ def log_prob(x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, kind: 
 
 def gaussian_variance(x: Tensor, mean: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Mean of (x − mean)² over the axes along which `shape` is broadcast; NaN where no entry counts."""
-    squares = (x - mean).square()
+    difference = x - mean
     if mask is None:
-        return squares.sum_to_size(shape) / (squares.numel() / torch.Size(shape).numel())
-    observed = mask.expand_as(squares)
-    return squares.where(observed, 0.0).sum_to_size(shape) / observed.to(squares).sum_to_size(shape)
+        return difference.square().sum_to_size(shape) / (difference.numel() / max(torch.Size(shape).numel(), 1))
+    observed = mask.expand_as(difference)
+    squares = difference.where(observed, 0.0).square()  # squared after the mask: NaN reaches no gradient
+    return squares.sum_to_size(shape) / observed.to(squares).sum_to_size(shape)
