@@ -63,6 +63,14 @@ def mlp_decoder(latent_dim: int, shape: Sequence[int], hidden: Sequence[int] = (
     return nn.Sequential(*mlp([latent_dim, *hidden, math.prod(shape)], activation), nn.Unflatten(1, tuple(shape)))
 
 
+def residual_decoder(latent_dim: int, shape: Sequence[int], width: int = 400, blocks: int = 3) -> nn.Sequential:
+    """A fully connected decoder of residual blocks of two layers each, activations first (He et al. 2016)."""
+    layers = [Residual(nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
+              for _ in range(blocks)]
+    return nn.Sequential(nn.Linear(latent_dim, width), *layers, nn.ReLU(), nn.Linear(width, math.prod(shape)),
+                         nn.Unflatten(1, tuple(shape)))
+
+
 def conv_encoder(shape: Sequence[int], outputs: int, capacity: int = 32) -> nn.Sequential:
     """Two 4×4 convolutions of stride 2 with `capacity` and 2 `capacity` channels, and two linear layers."""
     channels, *sides = shape
@@ -109,6 +117,34 @@ def dgd_cifar_encoder(latent_dim: int, shape: Sequence[int], capacity: int = 32,
            "shallow": [nn.Flatten()],
            "linear": [nn.Flatten(), nn.Linear(32 * c, latent_dim)]}[depth]
     return nn.Sequential(nn.Conv2d(shape[0], c, 1), *_norm(c), *blocks, nn.Conv2d(2 * c, 2 * c, 4, 2, 1), *end)
+
+
+class Residual(nn.Module):
+    """x + network(x), for a network whose output has the shape of its input."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.network(x)
+
+
+class AffineBridge(nn.Module):
+    """network(z) + W z + b for z `[N, inputs]` and a network with outputs `[N, ...]`, `outputs` numbers a row.
+
+    b is the bias of the network's last layer. Where that layer is linear, this is the network whose last hidden layer has
+    z beside it.
+    """
+
+    def __init__(self, network: nn.Module, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.bridge = nn.Linear(inputs, outputs, bias=False)
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        output = self.network(z)
+        return output + self.bridge(z).view_as(output)
 
 
 class SideBySide(nn.Module):

@@ -61,6 +61,11 @@ class Phase:
     updates: tuple[str, ...]  # children whose parameters step in this phase
     every: int = 1  # run on each n-th step (lazy regularisation)
     repeat: int = 1  # optimiser steps with fresh batches (n_critic)
+    first_epoch: int = 1  # of those in which it runs
+    last_epoch: int | None = None  # None: to the end of training
+
+    def runs_in(self, epoch: int) -> bool:
+        return self.first_epoch <= epoch <= (self.last_epoch or epoch)
 
 
 class System(nn.Module):

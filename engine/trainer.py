@@ -98,7 +98,7 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
         those of the validation loss as "validation/total" and so on, with the same random numbers at every epoch.
 
     Raises:
-        ValueError: the data do not fit the system, or there is no validation loss.
+        ValueError: the data do not fit the system, there is no validation loss, or a phase begins after the last epoch.
         CheckpointError: see `RunDirectory`; raised before training starts.
         FloatingPointError: the loss of an epoch is not finite. The last checkpoint is from before it.
     """
@@ -110,6 +110,7 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
         raise ValueError("resume=True needs run_dir, the folder of the run to continue.")
     rows, held_out = _validation_rows(system, data, validation, config)
     phases = system.phases()
+    _check_reached(phases, config.epochs)
     optimizers = make_optimizers(system, phases)
     average = _Average(system, config.ema_decay)
     check = None if held_out is None else _Validation(system, held_out, config)
@@ -150,6 +151,13 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
         loop.free(optimizers)
         system.eval()
     return records
+
+
+def _check_reached(phases: tuple[Phase, ...], epochs: int) -> None:
+    for phase in phases:
+        if 0 < epochs < phase.first_epoch:
+            raise ValueError(f"Phase {phase.name!r} begins with epoch {phase.first_epoch}, and training has {epochs} epochs: "
+                             "raise epochs, or lower the epochs of the phases before it.")
 
 
 def _continue(run: RunDirectory, system: System, optimizers: dict[str, torch.optim.Optimizer], average: "_Average",
@@ -288,7 +296,7 @@ class _Loop:
         for first in range(0, len(order), self.batches_per_step):
             turn = order[first:first + self.batches_per_step]
             for number, phase in enumerate(self.phases):
-                if step % phase.every:
+                if step % phase.every or not phase.runs_in(epoch):
                     continue
                 for repeat in range(phase.repeat):
                     index = turn[repeat % len(turn)]

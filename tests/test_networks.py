@@ -2,11 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from latent_engine.networks import UpConv2d
+from latent_engine.networks import AffineBridge, UpConv2d, mlp, residual_decoder
 
 
 def pair(channels, dtype=torch.float64):
@@ -52,3 +53,26 @@ def test_up_conv_in_eval_mode_has_forward_derivatives():
     layer, x = pair(1)[0].eval(), torch.randn(2, 5, 3, 3, dtype=torch.float64)
     tangent = torch.func.jvp(layer, (x,), (x,))[1]
     torch.testing.assert_close(tangent, layer(x) - layer.bias)  # linear up to the bias
+
+
+def test_a_residual_decoder_has_three_blocks_of_two_layers():
+    decoder = residual_decoder(2, (1, 3, 5), width=7).double()
+    state = [value.numpy() for value in decoder.state_dict().values()]
+    shapes = [value.shape for value in state]
+    assert shapes == [(7, 2), (7,), *[(7, 7), (7,)] * 6, (15, 7), (15,)]
+    z = torch.randn(4, 2, dtype=torch.float64)
+    h = z.numpy() @ state[0].T + state[1]
+    for first in (2, 6, 10):
+        weight1, bias1, weight2, bias2 = state[first:first + 4]
+        h = h + np.maximum(np.maximum(h, 0) @ weight1.T + bias1, 0) @ weight2.T + bias2
+    expected = np.maximum(h, 0) @ state[-2].T + state[-1]
+    np.testing.assert_allclose(decoder(z).detach().flatten(1), expected)
+
+
+def test_an_affine_bridge_is_a_head_that_sees_the_input_too():
+    bridge = AffineBridge(nn.Sequential(*mlp([2, 7, 15]), nn.Unflatten(1, (1, 3, 5))), 2, 15)
+    z = torch.randn(4, 2)
+    *hidden, head, _ = bridge.network
+    wide = torch.cat([nn.Sequential(*hidden)(z), z], 1)
+    expected = wide @ torch.cat([head.weight, bridge.bridge.weight], 1).T + head.bias
+    torch.testing.assert_close(bridge(z), expected.view(4, 1, 3, 5))

@@ -11,7 +11,8 @@ from latent_engine.systems import PRESETS
 from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 
-SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4}
+SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
+         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -20,6 +21,7 @@ VARIANTS = {
     "vae-warmup": (VAE, VAEConfig(warmup="linear", warmup_steps=30, free_bits=0.1, free_bits_per="dimension")),
     "vae-cyclical": (VAE, VAEConfig(warmup="cyclical", warmup_steps=8, activation="relu", free_bits=1.0)),
     "vae-target": (VAE, VAEConfig(target_kl=2.0, warmup="linear", warmup_steps=10)),
+    "vae-conv-skip": (VAE, VAEConfig(network="conv", affine_skip=True)),
     "vae-handicapped": (VAE, VAEConfig(heads="relu_sigmoid", normalize_beta=True)),
     "vae-decoded-variance": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", mean_activation="sigmoid",
                                             activation="softplus")),
@@ -68,7 +70,7 @@ def test_every_system_learns_resumes_and_comes_back_from_disk(new, data, tmp_pat
     assert loss(system, data) < loss(untrained, data)
     expected = state(system)
 
-    fit(new(), data, TrainConfig(epochs=2, batch_size=20), run_dir=tmp_path / "run", progress=False)
+    fit(new(), data, TrainConfig(epochs=3, batch_size=20), run_dir=tmp_path / "run", progress=False)
     resumed = new(seed=1)
     fit(resumed, data, TrainConfig(epochs=6, batch_size=20), run_dir=tmp_path / "run", resume=True, progress=False)
     found = state(resumed)

@@ -271,8 +271,9 @@ def test_a_fixed_gaussian_has_no_child_that_steps():
 
 @pytest.mark.parametrize("settings", [
     {}, {"network": "conv"}, {"likelihood": "gaussian"}, {"likelihood": "gaussian", "mean_activation": "sigmoid"},
-    {"likelihood": "gaussian", "gamma": "decoded"},
-], ids=["mlp", "conv", "gaussian", "sigmoid", "decoded"])
+    {"likelihood": "gaussian", "gamma": "decoded"}, {"network": "residual", "affine_skip": True},
+    {"likelihood": "gaussian", "mean_activation": "sigmoid", "affine_skip": True},
+], ids=["mlp", "conv", "gaussian", "sigmoid", "decoded", "residual", "skip"])
 def test_a_decoder_starts_from_the_mean_of_the_data(settings):
     data = load_data("mnist5k").pixels(binarize=True)
     system = VAE.for_data(VAEConfig(**settings), data)
@@ -350,6 +351,7 @@ def test_a_vae_reconstructs_new_digits_better_than_the_best_linear_decoder_of_as
     ({"free_bits": 1.0, "free_bits_per": "dimension", "prior": "mixture"}, "KL divergence to a mixture prior has no part"),
     ({"network": "conv"}, r"multiples of 4, given \[3, 5\]"),
     ({"network": "dgd"}, "images of 32×32, given 3×5"),
+    ({"network": "residual", "hidden": ()}, r"width of its decoder from the last of hidden, given \(\)"),
 ])
 def test_settings_that_contradict_each_other_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):

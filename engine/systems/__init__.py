@@ -10,9 +10,10 @@ from ..system import System
 from ..trainer import TrainConfig
 from .dgd import DGD, DGDConfig
 from .iwae import IWAE, IWAEConfig
+from .two_stage import TwoStageConfig, TwoStageVAE, VAEPlus, VAEPlusConfig
 from .vae import AE, VAE, AEConfig, VAEConfig
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE, TwoStageVAE, VAEPlus)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ PRESETS = {
     "vae-mixture": Preset(VAE, VAEConfig(prior="mixture"), TrainConfig(batch_size=100), "the same with a mixture prior"),
     "vae-gaussian": Preset(VAE, VAEConfig(likelihood="gaussian"), TrainConfig(batch_size=100),
                            "the same with Gaussian pixels of learned variance"),
+    "vae-residual": Preset(VAE, VAEConfig(network="residual", affine_skip=True, hidden=(400,) * 5, activation="relu",
+                                          likelihood="gaussian"), TrainConfig(batch_size=100),
+                           "the same with a residual decoder and an affine skip; widths are our choice"),
     "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
     "robust-vae": Preset(VAE, VAEConfig(divergence_beta=0.005), TrainConfig(batch_size=100),
                          "outliers count less (β-divergence)"),
@@ -50,6 +54,10 @@ PRESETS = {
                     "decoder by IWAE, encoder by MIWAE"),
     "vr": Preset(IWAE, IWAEConfig(alpha=0.5), TrainConfig(batch_size=100), "Rényi bound of order 1/2"),
     "vr-max": Preset(IWAE, IWAEConfig(alpha=-math.inf), TrainConfig(batch_size=100), "the best of 50 samples"),
+    "two-stage": Preset(TwoStageVAE, TwoStageConfig(network="conv"), TrainConfig(epochs=1200, batch_size=64),
+                        "Dai & Wipf: a VAE of a VAE's representations; our networks in the first"),
+    "vae-plus": Preset(VAEPlus, VAEPlusConfig(network="conv"), TrainConfig(epochs=1600, batch_size=64),
+                       "two-stage VAE of an autoencoder's codes; networks and epochs are our choice"),
 }
 
 

@@ -13,6 +13,11 @@ ones, and for densities it grows without bound with γ → 0. An AE has no poste
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
 parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
 
+Deep decoders may leave all of z unused, a local minimum from which `affine_skip`, a decoder f(z) + W z + b, and more
+dimensions than the data have lead out; with a learned variance the superfluous ones turn to noise ("On the
+Regularization Balance in Autoencoder-Based Generative Models", §4–6). `network="residual"` is its MNIST model, a decoder
+of 3 residual blocks of 2 layers, whose widths it does not give; its encoder has 6 layers, 5 of them `hidden`.
+
 Traps. The loss is a sum over pixels; one that averages over them has β at 1/P of the value here. Schuster & Krogh
 (A.2) multiply their β by latent_dim / P, which `normalize_beta` does, and do not say whether their squared error is a
 mean; a summed squared error is a Gaussian of the fixed variance ½. Their VAE has a ReLU on the means and a sigmoid on
@@ -49,7 +54,8 @@ def _adam() -> OptimizerConfig:
     return OptimizerConfig("adam", lr=1e-3)
 
 
-def _check_sizes(**sizes: int | tuple[int, ...]) -> None:
+def check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    """Raises ValueError if one of `sizes` is, or has, a number less than 1."""
     for name, given in sizes.items():
         if any(size < 1 for size in (given if isinstance(given, tuple) else (given,))):
             raise ValueError(f"{name} must be at least 1, given {given}.")
@@ -76,9 +82,10 @@ class AEConfig:
     """Defaults: the networks of Burda et al. 2016 (§5)."""
 
     latent_dim: int = 50
-    network: Literal["mlp", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3 of its paper, for 32×32
-    hidden: tuple[int, ...] = (200, 200)  # layers of mlp; the decoder has them in reverse
-    activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of mlp
+    network: Literal["mlp", "residual", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: its A.3, for 32×32
+    affine_skip: bool = False  # adds W z + b to the outputs of the decoder
+    hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
+    activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of these layers
     capacity: int = 32  # channels that those of the other networks are multiples of
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # of a pixel
     mean_activation: Literal["identity", "sigmoid"] = "identity"  # of the Gaussian's mean
@@ -89,7 +96,7 @@ class AEConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_sizes(latent_dim=self.latent_dim, hidden=self.hidden, capacity=self.capacity)
+        check_sizes(latent_dim=self.latent_dim, hidden=self.hidden, capacity=self.capacity)
         if not 0 < self.variance < math.inf:
             raise ValueError(f"variance must be positive and finite, given {self.variance}.")
 
@@ -108,7 +115,7 @@ class EncoderConfig(AEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ class VAE(AE):
         z = bounds.reparametrize(posterior, self.config.samples)
         output = self._decoder_output(z)
         log_px_z = self.likelihood.log_prob(output, batch.x)
-        kl = self._kl(posterior, self._log_pz(z))
+        kl = self._divergence(posterior, z)
         total = self._kl_loss(kl) - self._fit(log_px_z, output).mean()
         with torch.no_grad():
             log_px_z, kl = log_px_z.mean(), bounds.mean_kl(kl)
@@ -297,6 +304,10 @@ class VAE(AE):
             return None
         return self.prior(z, generator=generator) if self.config.prior == "hierarchical" else self.prior(z)
 
+    def _divergence(self, posterior: Posterior, z: Tensor) -> Tensor:
+        """The KL divergence of the loss, `[N, D]` or `[N]`."""
+        return self._kl(posterior, self._log_pz(z))
+
     def _kl(self, posterior: Posterior, log_pz: Tensor | None) -> Tensor:
         """KL(q(z | x) ‖ p(z)), `[N, D]` where it has a closed form, else an estimate from log p(z) of samples, `[N]`."""
         return bounds.kl_to_normal(posterior) if log_pz is None else -bounds.entropy(posterior) - log_pz.mean(0)
@@ -328,7 +339,7 @@ class VAE(AE):
 
 
 def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
-    if config.network == "mlp":
+    if config.network in ("mlp", "residual"):
         return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
     if config.network == "conv":
         return networks.conv_encoder(shape, outputs * config.latent_dim, config.capacity)
@@ -341,10 +352,16 @@ def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
         shape = (2 * shape[0], *shape[1:])
     if config.network == "mlp":
         decoder = networks.mlp_decoder(config.latent_dim, shape, config.hidden[::-1], config.activation)
+    elif config.network == "residual":
+        if not config.hidden:
+            raise ValueError("network='residual' takes the width of its decoder from the last of hidden, given ().")
+        decoder = networks.residual_decoder(config.latent_dim, shape, config.hidden[-1])
     elif config.network == "conv":
         decoder = networks.conv_decoder(config.latent_dim, shape, config.capacity)
     else:
         decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
+    if config.affine_skip:
+        decoder = networks.AffineBridge(decoder, config.latent_dim, math.prod(shape))
     squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid" and not _is_decoded(config)
     return nn.Sequential(decoder, nn.Sigmoid()) if squash else decoder
 
