@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint import Best, RunDirectory, describe
+from .checkpoint import RunDirectory, describe
 from .data import Data, batch_order
 from .latents import LatentTable, RowAdam, RowSGD
 from .logs import Progress
 from .system import Batch, OptimizerConfig, Phase, System
+from .validation import Means, Validation, on_device, reseed, validation_rows
 
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], OptimizerConfig], torch.optim.Optimizer]] = {
     "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True),
@@ -108,12 +109,12 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
     system.check(data)
     if resume and run_dir is None:
         raise ValueError("resume=True needs run_dir, the folder of the run to continue.")
-    rows, held_out = _validation_rows(system, data, validation, config)
+    rows, held_out = validation_rows(system, data, validation, config)
     phases = system.phases()
     _check_reached(phases, config.epochs)
     optimizers = make_optimizers(system, phases)
     average = _Average(system, config.ema_decay)
-    check = None if held_out is None else _Validation(system, held_out, config)
+    check = None if held_out is None else Validation(system, held_out, config)
     run, step, done, records = None, 0, 0, []
     if run_dir is not None:
         run = RunDirectory(run_dir, {**describe(system), "train": config, "data": identity(data),
@@ -161,7 +162,7 @@ def _check_reached(phases: tuple[Phase, ...], epochs: int) -> None:
 
 
 def _continue(run: RunDirectory, system: System, optimizers: dict[str, torch.optim.Optimizer], average: "_Average",
-              check: "_Validation | None") -> tuple[int, int, list[dict]]:
+              check: Validation | None) -> tuple[int, int, list[dict]]:
     """Step, epoch and records of `run`, of which the rest take up the state; a new one keeps their start."""
     if not run.has_checkpoint():
         run.save(0, 0, system, optimizers, average.tensors)
@@ -170,32 +171,6 @@ def _continue(run: RunDirectory, system: System, optimizers: dict[str, torch.opt
     if best is not None:
         check.best, check.weights = best, weights
     return step, done, run.metrics.read()
-
-
-def _validation_rows(system: System, data: Data, given: Data | None,
-                     config: TrainConfig) -> tuple[Tensor | None, Data | None]:
-    """The row numbers to train on (None: all), and the rows to validate on (None: there is no validation)."""
-    if given is None and not config.validation:
-        if config.patience is not None:
-            raise ValueError("patience needs rows to validate on: set validation, or give fit(validation=...).")
-        return None, None
-    if given is not None and config.validation:
-        raise ValueError("Rows to validate on are given and to be held out (TrainConfig.validation): choose one.")
-    if system.local:
-        raise ValueError(f"{type(system).__name__} learns a representation of each training row, and other rows have none "
-                         "without inference, so there is no validation loss: train it without validation and patience.")
-    if given is not None:
-        if not len(given) or given.x.shape[1:] != data.x.shape[1:]:
-            raise ValueError(f"Validation needs rows of the shape of the training rows, {list(data.x.shape[1:])}, "
-                             f"given {list(given.x.shape)}.")
-        system.check(given)
-        return None, given
-    count = round(config.validation * len(data)) if config.validation < 1 else int(config.validation)
-    if not 0 < count < len(data):
-        raise ValueError(f"validation={config.validation:g} holds out {count} of {len(data)} rows; "
-                         "hold out at least one, and leave at least one to train on.")
-    order = torch.cat(batch_order(len(data), len(data), config.seed, 0))  # epochs of training start at 1
-    return order[count:].sort().values, data.take(order[:count].sort().values)
 
 
 class _Average:
@@ -226,62 +201,13 @@ class _Average:
             self.swap()
 
 
-class _Means:
-    """Means of the terms of a loss over rows."""
-
-    def __init__(self, reduction: str) -> None:
-        self.reduction, self.rows, self.sums, self.names = reduction, 0, 0.0, []
-
-    def add(self, terms: dict[str, Tensor], rows: int) -> None:
-        values = torch.stack([t.detach() for t in terms.values()])
-        self.sums = self.sums + (values * rows if self.reduction == "mean" else values)
-        self.rows, self.names = self.rows + rows, list(terms)
-
-    def read(self, prefix: str) -> dict[str, float]:
-        return {prefix + name: value / self.rows for name, value in zip(self.names, self.sums.tolist(), strict=True)}
-
-
-class _Validation:
-    """The loss of held-out rows, and the weights of the epoch at which it was lowest."""
-
-    def __init__(self, system: System, data: Data, config: TrainConfig) -> None:
-        self.system, self.config = system, config
-        self.x, self.y = _on_device(data.fixed(), system)
-        self.best: Best | None = None
-        self.weights: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def epoch(self, epoch: int, step: int) -> dict[str, float]:
-        """Mean of each loss term over the rows, in evaluation mode."""
-        means = _Means(self.system.reduction)
-        self.system.eval()
-        for number, index in enumerate(torch.arange(len(self.x), device=self.x.device).split(self.config.batch_size)):
-            _reseed(self.x.device, self.config.seed, number, -1, 0)
-            batch = Batch(self.x[index], index, None if self.y is None else self.y[index])
-            means.add(self.system.validation_loss(batch), len(index))
-        self.system.train()
-        terms = means.read("validation/")
-        if self.best is None or terms["validation/total"] < self.best.score:
-            self.best = Best(step, epoch, terms["validation/total"])
-            self.weights = {name: tensor.clone() for name, tensor in self.system.state_dict().items()}
-        return terms
-
-    def exhausted(self, epoch: int) -> bool:
-        """Whether patience ends with `epoch`."""
-        return self.config.patience is not None and bool(self.best) and epoch - self.best.epoch >= self.config.patience
-
-    def is_due(self, epoch: int) -> bool:
-        """Whether `epoch` must be kept: it is the best, or the last."""
-        return epoch == self.best.epoch or self.exhausted(epoch)
-
-
 class _Loop:
     """One pass over the data after another."""
 
     def __init__(self, system: System, phases: tuple[Phase, ...], optimizers: dict[str, torch.optim.Optimizer],
                  average: _Average, data: Data, rows: Tensor | None, config: TrainConfig) -> None:
         self.system, self.phases, self.optimizers, self.average = system, phases, optimizers, average
-        self.x, self.y = _on_device(data, system)
+        self.x, self.y = on_device(data, system)
         self.rows, self.config, self.is_dynamic = rows, config, data.binarized == "dynamic"
         self.n = len(data) if rows is None else len(rows)
         self.batches_per_step = max(phase.repeat for phase in phases)
@@ -292,7 +218,7 @@ class _Loop:
         """Mean of each loss term over the rows that its phase has seen."""
         self._set_learning_rates(self.config.lr_factor(epoch))
         order = batch_order(self.n, self.config.batch_size, self.config.seed, epoch)
-        means: dict[str, _Means] = {}
+        means: dict[str, Means] = {}
         for first in range(0, len(order), self.batches_per_step):
             turn = order[first:first + self.batches_per_step]
             for number, phase in enumerate(self.phases):
@@ -301,9 +227,9 @@ class _Loop:
                 for repeat in range(phase.repeat):
                     index = turn[repeat % len(turn)]
                     index = (index if self.rows is None else self.rows[index]).to(self.x.device)
-                    _reseed(self.x.device, self.config.seed, step, number, repeat)
+                    reseed(self.x.device, self.config.seed, step, number, repeat)
                     terms = self._step(phase, index)
-                    means.setdefault(phase.name, _Means(self.system.reduction)).add(terms, len(index))
+                    means.setdefault(phase.name, Means(self.system.reduction)).add(terms, len(index))
             step += 1
             self.system.after_step(step)
             self.average.update()
@@ -352,20 +278,6 @@ class _Loop:
         for child in self.optimizers:
             for param in self._params((child,)):
                 param.requires_grad_(child in children)
-
-
-def _on_device(data: Data, system: System) -> tuple[Tensor, Tensor | None]:
-    device = next(system.parameters()).device
-    return data.x.to(device), None if data.y is None else data.y.to(device)
-
-
-def _reseed(device: torch.device, seed: int, step: int, phase: int, repeat: int) -> None:
-    # Odd multipliers spread neighbours over the 32 bits that the CPU generator reads.
-    mixed = (seed * 0x9E3779B1 + step * 0x85EBCA6B + phase * 0xC2B2AE35 + repeat * 0x27D4EB2F) % 2**32
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(mixed)  # torch.manual_seed costs 60 µs more
-    else:
-        torch.manual_seed(mixed)
 
 
 def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torch.optim.Optimizer]:
