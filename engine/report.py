@@ -87,7 +87,8 @@ def write_pictures(system: System, data: Data, records: Sequence[Mapping[str, fl
     z, means = family.space(system, data)
     figures = {**family.figures(system, data), "space.png": latent_scatter(z, data.y, means, title)}
     if records:
-        curves = [{k: v for k, v in record.items() if k not in ("step", "seconds")} for record in records]
+        curves = [{name: value for name, value in record.items()
+                   if name not in ("step", "seconds") and isinstance(value, (int, float))} for record in records]
         figures["curves.png"] = training_curves(curves)
     paths = _write(figures, folder)
     return [*paths, write_explorer(folder / "explorer.html", z, data.x, system.decode, data.y, means, title=title)]

@@ -118,6 +118,10 @@ class System(nn.Module):
         """
         return self.loss(batch, self.phases()[0].name)
 
+    def monitor(self, x: Tensor) -> dict[str, Any]:
+        """What the record of an epoch says beside the losses, from some training rows `x`; texts are shown at the end."""
+        return {}
+
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """`n` new observations."""
         raise NotImplementedError

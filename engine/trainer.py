@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from .latents import LatentTable, RowAdam, RowSGD
 from .logs import Progress
 from .system import Batch, OptimizerConfig, Phase, System
 from .validation import Means, Validation, on_device, reseed, validation_rows
+
+WATCHED = 500  # training rows that `System.monitor` sees
 
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], OptimizerConfig], torch.optim.Optimizer]] = {
     "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True),
@@ -96,7 +99,8 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
 
     Returns:
         A record an epoch: "epoch", "step", "seconds" (of the epoch), and each term of the loss as a mean over the rows;
-        those of the validation loss as "validation/total" and so on, with the same random numbers at every epoch.
+        those of the validation loss as "validation/total" and so on, with the same random numbers at every epoch; what
+        `System.monitor` says of 500 training rows.
 
     Raises:
         ValueError: the data do not fit the system, there is no validation loss, or a phase begins after the last epoch.
@@ -115,7 +119,8 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
     optimizers = make_optimizers(system, phases)
     average = _Average(system, config.ema_decay)
     check = None if held_out is None else Validation(system, held_out, config)
-    run, step, done, records = None, 0, 0, []
+    watched = _watched(system, data, rows)
+    run, step, done, records, state = None, 0, 0, [], {}
     if run_dir is not None:
         run = RunDirectory(run_dir, {**describe(system), "train": config, "data": identity(data),
                                      "validation": validation and identity(validation)}, resume)
@@ -128,19 +133,22 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
             done, start = done + 1, time.perf_counter()
             terms = loop.epoch(done, step, bar.step)
             step += loop.steps_per_epoch
-            if check:
-                with average.in_place():
-                    terms |= check.epoch(done, step)
+            with average.in_place():
+                terms |= check.epoch(done, step) if check else {}
+                state = _monitor(system, watched, config.seed)
             record = {"epoch": done, "step": step, "seconds": round(time.perf_counter() - start, 3), **terms}
             if not all(math.isfinite(v) for v in terms.values()):
                 raise FloatingPointError(f"The loss of epoch {done} is not finite ({terms}). "
                                          "Lower a learning rate, or look for NaN in the data.")
-            records.append(record)
             bar.epoch(record)
+            record |= state
+            records.append(record)
             if run is not None:
                 run.metrics.append(record)
                 if done % config.checkpoint_every == 0 or done == config.epochs or (check and check.is_due(done)):
                     run.save(step, done, system, optimizers, average.tensors, check and check.best)
+        for text in (value for value in state.values() if isinstance(value, str)):
+            bar.note(text)
         if check and check.best:
             system.load_state_dict(check.weights)
             bar.note(f"Weights of epoch {check.best.epoch}, the best on validation (loss {check.best.score:.6g}), "
@@ -152,6 +160,20 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
         loop.free(optimizers)
         system.eval()
     return records
+
+
+def _watched(system: System, data: Data, rows: Tensor | None) -> Tensor:
+    """Up to `WATCHED` training rows, spread over the data."""
+    chosen = torch.arange(len(data)) if rows is None else rows
+    return on_device(data.take(chosen[:: math.ceil(len(chosen) / WATCHED)]).fixed(), system)[0]
+
+
+def _monitor(system: System, x: Tensor, seed: int) -> dict[str, Any]:
+    reseed(x.device, seed, 0, -2, 0)
+    system.eval()
+    state = system.monitor(x)
+    system.train()
+    return state
 
 
 def _check_reached(phases: tuple[Phase, ...], epochs: int) -> None:

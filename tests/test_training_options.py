@@ -366,3 +366,21 @@ def test_a_dgd_has_no_validation_loss(options, tmp_path):
     with pytest.raises(ValueError, match="DGD learns a representation of each training row, and other rows have none"):
         fit(DGD.for_data(DGDConfig(), data), data, **options, run_dir=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_log_has_what_the_system_says_of_training_rows(tmp_path, capsys):
+    class Watched(Centers):
+        def monitor(self, x):
+            self.watched = x
+            return {"spread": torch.rand(()).item(), "seen": len(x), "remark": f"{len(x)} rows seen"}
+
+    data, config = rows(1200), TrainConfig(epochs=3, batch_size=400, validation=100)
+    system = Watched()
+    records = fit(system, data, config, run_dir=tmp_path / "run")
+    assert [record["seen"] for record in records] == [367] * 3  # every third of 1,100 rows
+    train = {tuple(row) for step in system.seen if step[0] for row in step[3].tolist()}
+    assert all(tuple(row) in train for row in system.watched.flatten(1).tolist())
+    assert "367 rows seen" in capsys.readouterr().err
+    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == records
+    again = fit(Watched(), data, config)
+    assert [record["spread"] for record in again] == [record["spread"] for record in records]

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from latent_engine import AE, VAE, AEConfig, Batch, Data, TrainConfig, VAEConfig, fit, load_data
+from latent_engine.balance import balance
 from latent_engine.bounds import Posterior, reparametrize
 from latent_engine.likelihoods import DecodedGaussian, LearnedGaussian, OptimalGaussian
 from latent_engine.networks import conv_decoder, conv_encoder, dgd_cifar_decoder, dgd_cifar_encoder, set_output_bias
@@ -159,6 +160,19 @@ def test_a_warm_up_follows_the_steps_of_the_trainer():
     system, batch = tiny(warmup="linear", warmup_steps=100)
     fit(system.float(), Data(batch.x.float()), TrainConfig(epochs=5, batch_size=2), progress=False)
     assert system.step.item() == 15
+
+
+def test_held_out_rows_are_scored_at_the_end_of_a_warm_up():
+    system, batch = tiny(warmup="linear", warmup_steps=100, beta=2.0)
+    terms = {name: value.item() for name, value in system.eval().validation_loss(batch).items()}
+    assert terms["total"] == pytest.approx(2 * terms["kl"] - terms["log_px_z"])
+
+
+def test_the_log_of_a_run_has_the_balance():
+    system, batch = tiny()
+    record, = fit(system.float(), Data(batch.x.float()), TrainConfig(epochs=1), progress=False)
+    assert record["balance/verdict"] == balance(system, batch.x.float())["verdict"]
+    assert len(record["balance/kl"]) == record["balance/dimensions"] == system.config.latent_dim
 
 
 def test_handicapped_heads_are_the_exponentials_of_a_sigmoid_and_never_negative():

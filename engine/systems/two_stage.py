@@ -25,7 +25,7 @@ they are our choice.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -34,6 +34,7 @@ from .. import bounds, networks
 from ..bounds import Posterior
 from ..data import Data
 from ..diagnostics import evaluating
+from ..priors import StandardNormal
 from ..system import Batch, OptimizerConfig, Phase
 from .vae import AE, VAE, AEConfig, VAEConfig, VAEOptim, check_sizes
 
@@ -151,6 +152,10 @@ class TwoStageVAE(VAE):
             return self.prior.loss(Batch(self._draw(batch.x), batch.index))
         elbo = self.log_weights(self.encode(batch.x), batch.x, self.config.samples).mean()
         return {"total": -elbo, "elbo": elbo}
+
+    def monitor(self, x: Tensor, prior: nn.Module | None = None) -> dict[str, Any]:
+        """As in `VAE`, by default of the first stage, whose prior is N(0, I)."""
+        return super().monitor(x, prior or StandardNormal(self.config.latent_dim))
 
     def validation_loss(self, batch: Batch) -> dict[str, Tensor]:
         """The negative ELBO of both stages together, which epochs of different stages can be compared by."""

@@ -35,6 +35,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from .. import bounds, networks
+from ..balance import balance
 from ..bounds import Posterior
 from ..data import Data
 from ..kernels import importance_log_weights
@@ -270,6 +271,10 @@ class VAE(AE):
     def after_step(self, step: int) -> None:
         self.step.fill_(step)
 
+    def monitor(self, x: Tensor, prior: nn.Module | None = None) -> dict[str, Any]:
+        """The balance of regularisation and reconstruction (`balance.balance`)."""
+        return {f"balance/{name}": value for name, value in balance(self, x, prior=prior).items()} if len(x) > 1 else {}
+
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of each row of `x` `[N, C, H, W]`."""
         mean, second = self.encoder(x).chunk(2, 1)
@@ -330,9 +335,9 @@ class VAE(AE):
         return weight * ramp * (free(kl, config.free_bits) if config.free_bits else bounds.mean_kl(kl))
 
     def _ramp(self) -> Tensor | float:
-        """From 0 to 1, by `warmup`."""
+        """From 0 to 1, by `warmup`; in evaluation mode at its end, so that losses of different epochs compare."""
         config = self.config
-        if config.warmup == "none":
+        if config.warmup == "none" or not self.training:
             return 1.0
         schedule = bounds.linear_warmup if config.warmup == "linear" else bounds.cyclical_warmup
         return schedule(self.step, config.warmup_steps)
