@@ -51,7 +51,7 @@ def pairwise_kl(mu: Tensor, log_var: Tensor, *, std: bool = True, group: "Proces
     """Mean and standard deviation of KL(q_i‖q_j) over the ordered pairs i ≠ j of posteriors q_i = N(mu_i, exp(log_var_i)).
 
     Args:
-        mu: `[N, D]`, N ≥ 2.
+        mu: `[N, D]`, N ≥ 2; an infinite one makes the statistics of its dimension and the deviation NaN.
         log_var: log σ², `[N, D]`; σ² and 1 / σ² must be finite in the dtype.
         std: also the unbiased standard deviation of the total, MAE's L_smooth. Without it the cost is O(N·D).
         group: the batch is the concatenation of those of the ranks of this process group, of any sizes. Every rank gets

@@ -140,6 +140,20 @@ def test_extremes_keep_their_digits(implementation, case, N):
     check([mu, log_var], backend)
 
 
+@pytest.mark.parametrize("log_var", [-40.0, -50.0, -80.0])
+@pytest.mark.parametrize("N", [5, 18], ids=lambda n: f"N{n}")
+@needs_cpp
+def test_deviations_whose_squares_overflow(N, log_var):
+    """The pair matrix of float32 passes 1.8e19 long before the deviation leaves the range."""
+    mu, _ = posteriors(N, 3)
+    leaves = [t.requires_grad_() for t in (mu, torch.full_like(mu, log_var))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    found, expected = pairwise_kl(*leaves, backend="cpp").std, pairwise_kl(*wide, backend="reference").std
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    for a, e in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, wide), strict=True):
+        assert (a - e).norm() <= 1e-5 * e.norm()
+
+
 def test_equal_posteriors(implementation):
     """No divergence: the deviation and all gradients are 0 within rounding, and L_diverse is D log 2."""
     backend, device = implementation
