@@ -371,6 +371,15 @@ def test_unknown_form():
         pairwise_kl_diversity(**GOOD, form="eq8")
 
 
+def test_both_forms_name_their_function():
+    mu = torch.zeros(3, 2)
+    for form in ("paper", "code"):
+        with pytest.raises(ValueError, match=r"^pairwise_kl_diversity: mu and log_var must have one shape"):
+            pairwise_kl_diversity(mu, mu[:2], form=form)
+        with pytest.raises(BackendError, match=r"^pairwise_kl_diversity: the backend 'cuda'"):
+            pairwise_kl_diversity(mu, mu, form=form, backend="cuda")
+
+
 def test_numbers_by_hand():
     """Unit variances: KL is half the squared distance; 0.5, 4.5 and 2 for the means 0, 1, 3, each twice."""
     mu = torch.tensor([[0.0], [1.0], [3.0]])
