@@ -84,14 +84,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::optional<Tensor>& z_, cons
   const Blocks blocks(S, N, groups, std::max<int64_t>(work / std::max<int64_t>(N, 1), 1));
   const int64_t packed = z ? packed_size<T>(*mu) : 0;
   const int64_t moments = groups ? blocks.groups * blocks.count * kImportanceMoments * stride : 0;
-  Arena<T> arena(Scratch::launch, packed, moments);
+  const T scale = static_cast<T>(std::abs(1 - alpha));
+  const bool corrects = groups > 0 && scale < T(1) && elbo_weight != 1;
+  const int64_t centres = corrects ? blocks.groups * stride : 0;
+  Arena<T> arena(Scratch::launch, packed, moments, centres);
   T* const memory = arena.take(packed);
 
   Tensor log_w = empty(log_px, {z ? S : 0, z ? N : 0}), bound = empty(log_px, {groups ? N : 0});
   Tensor weights = empty(log_px, {w * S, w * N});
-  const T scale = static_cast<T>(std::abs(1 - alpha));
+  T* const moments_at = arena.take(moments);
   const ImportanceBound<T> p{N, S, stride, blocks.groups, blocks.count, {alpha > 1 ? T(-1) : T(1), scale},
-                             static_cast<T>(elbo_weight), arena.take(moments), bound.mutable_data_ptr<T>()};
+                             static_cast<T>(elbo_weight), moments_at, corrects ? arena.take(centres) : nullptr,
+                             bound.mutable_data_ptr<T>()};
   ImportanceModel<T> model{};
   ImportanceSamples<T> samples{};
   if (z) {
@@ -108,6 +112,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::optional<Tensor>& z_, cons
   if (!groups) return {bound, log_w, weights};
   for (int64_t g = 0; g < groups; ++g) k.merge(moments_of(g * blocks.count), blocks.count, stride, scale);
   k.bound(p);
+  if (corrects) {
+    blocks.each(N * 12, [&](int64_t block, int64_t first, int64_t rows) {
+      k.excess(p, p.centres + block / blocks.count * stride, x + first * N, rows, moments_of(block));
+    });
+    k.correct(p);
+  }
   if (need_weights)
     blocks.each(N * 12, [&](int64_t block, int64_t first, int64_t rows) {
       k.weights(p, moments_of(block / blocks.count * blocks.count), x + first * N, rows,

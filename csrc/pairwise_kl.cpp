@@ -99,15 +99,16 @@ template <class T>
 double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
   const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
-  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, stride, square, need_grad ? square : 0,
+  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, square, need_grad ? square : 0,
                  need_grad ? stride : 0);
+  std::vector<double> squares(stride);
   const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
     ops<T>().means(means, c, first, last);
   });
   PairwiseKlDirect<T> p{batch, columns};
   p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
-  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.squares = arena.take(stride);
-  p.deviations = arena.take(square);
+  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(square);
+  p.squares = squares.data();
   const int64_t group = 64 / sizeof(T), groups = stride / group, pairs = N * (N - 1);
   in_parts(groups, group * D, [&](int64_t first, int64_t last) { ops<T>().log_dets(p, first * group, last * group); });
   in_parts(groups, 2 * group * size, [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
@@ -117,7 +118,7 @@ double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Te
   // Equal divergences may keep a rounding of their mean.
   const double deviation = spread <= std::numeric_limits<T>::epsilon() * std::abs(error) ? 0 : spread;
   if (!need_grad) return deviation;
-  p.scale = static_cast<T>(deviation == 0 ? 0 : 1 / (deviation * (pairs - 1)));
+  p.unit = static_cast<T>(deviation == 0 ? 0 : 1 / deviation), p.scale = static_cast<T>(1.0 / (pairs - 1));
   p.turned = arena.take(square), p.balance = arena.take(stride), p.gradients = unit.mutable_data_ptr<T>();
   in_parts(stride, 4 * stride, [&](int64_t first, int64_t last) { ops<T>().turn(p, first, last); });
   in_parts(ceil_div(D, kPairDims), kPairDims * N * stride * 6, [&](int64_t first, int64_t last) {

@@ -30,15 +30,18 @@ class Support:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     max_dim: int | None = None  # largest size of the last dimension of the first argument
+    max_scales: int | None = None  # largest number of scales of a kernel function
 
-    def rejection(self, x: Tensor) -> str | None:
-        """Why `x` cannot be served, or None."""
+    def rejection(self, x: Tensor, scales: int = 0) -> str | None:
+        """Why `x`, with that many scales, cannot be served, or None."""
         if x.device.type not in self.devices:
             return f"serves {' and '.join(self.devices)} tensors, given a {x.device.type} tensor"
         if x.dtype not in self.dtypes:
             return f"serves {', '.join(str(t) for t in self.dtypes)}, given {x.dtype}"
         if self.max_dim is not None and x.shape[-1] > self.max_dim:
             return f"serves up to {self.max_dim} dimensions, given {x.shape[-1]}"
+        if self.max_scales is not None and scales > self.max_scales:
+            return f"serves up to {self.max_scales} scales, given {scales}"
         return None
 
 
@@ -58,7 +61,7 @@ class Op:
     def __post_init__(self) -> None:
         object.__setattr__(self, "missing", {b: native.missing(b, self.primitive) for b in self.support})
 
-    def rejection(self, backend: str, x: Tensor) -> str | None:
+    def rejection(self, backend: str, x: Tensor, scales: int = 0) -> str | None:
         """Why `backend` cannot serve a call whose first tensor is `x`, or None if it can."""
         if backend == "reference":
             return None
@@ -68,19 +71,19 @@ class Op:
             return self.missing[backend]
         if backend == "triton" and native.TRITON_INTERPRETED and x.device.type == "cpu":
             return None
-        return self.support[backend].rejection(x)
+        return self.support[backend].rejection(x, scales)
 
-    def choose(self, x: Tensor, backend: str | None = None) -> str:
+    def choose(self, x: Tensor, backend: str | None = None, scales: int = 0) -> str:
         """The backend for a call whose first tensor is `x`; raises `BackendError` if a forced one cannot serve it."""
         forced = backend or _forced
         if forced is None:
             for name in self.support:
                 # The Triton interpreter is for tests: it serves CPU tensors only when asked for by name.
-                if self.rejection(name, x) is None and not (name == "triton" and x.device.type == "cpu"):
+                if self.rejection(name, x, scales) is None and not (name == "triton" and x.device.type == "cpu"):
                     return name
             return "reference"
         _check_name(forced)
-        reason = self.rejection(forced, x)
+        reason = self.rejection(forced, x, scales)
         if reason:
             raise BackendError(f"{self.name}: the backend {forced!r} was asked for, but it {reason}. "
                                f"Leave `backend` out for the automatic choice, or use backend='reference'.")
@@ -124,7 +127,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
 def explain(op: str | Callable, *args: object, backend: str | None = None, **kwargs: object) -> dict[str, str]:
     """For each backend "chosen", "could serve this call" or the reason why it cannot.
 
-    `op` is a public op or its name; the other arguments are those of the call, of which the first tensor decides.
+    `op` is a public op or its name; the other arguments are those of the call, of which the first tensor and the number of
+    `scales` decide.
     """
     name = op if isinstance(op, str) else op.__name__
     if name not in _ops:
@@ -132,9 +136,9 @@ def explain(op: str | Callable, *args: object, backend: str | None = None, **kwa
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None:
         raise TypeError(f"explain: needs the arguments of a call of {name}, tensors among them; given none.")
-    found = _ops[name]
-    chosen = found.choose(x, backend)
-    return {b: "chosen" if b == chosen else found.rejection(b, x) or "could serve this call" for b in BACKENDS}
+    found, scales = _ops[name], len(kwargs.get("scales") or ())
+    chosen = found.choose(x, backend, scales)
+    return {b: "chosen" if b == chosen else found.rejection(b, x, scales) or "could serve this call" for b in BACKENDS}
 
 
 def backend_matrix() -> dict[str, dict[str, str]]:

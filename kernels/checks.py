@@ -30,6 +30,7 @@ def working_precision(op: str, name: str, *tensors: Tensor) -> tuple[Tensor, ...
     """The floating-point `tensors` in the precision that kernels compute in; the first, called `name`, is the op's input.
 
     float32 under autocast; else half-precision ones as float32, except the first on CUDA, whose kernels read it as it is.
+    Beside float64 they stay what they are, for `check_floats` to say so.
     """
     first = tensors[0]
     if not isinstance(first, Tensor):
@@ -37,7 +38,8 @@ def working_precision(op: str, name: str, *tensors: Tensor) -> tuple[Tensor, ...
     device = first.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
-    if {getattr(t, "dtype", None) for t in tensors}.isdisjoint(HALF):
+    dtypes = {getattr(t, "dtype", None) for t in tensors}
+    if dtypes.isdisjoint(HALF) or torch.float64 in dtypes:
         return tensors
     keep = device == "cuda"
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is first) else t

@@ -58,7 +58,8 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     >>> gmm_log_prob(z, means, torch.tensor(0.0), torch.zeros(1))
     tensor([-1.8379, -1.8379, -1.8379])
     """
-    z, means, log_vars, log_weights, labels, allowed = _arguments(z, means, log_vars, log_weights, labels, allowed)
+    op = "gmm_log_prob"
+    z, means, log_vars, log_weights, labels, allowed = _arguments(op, z, means, log_vars, log_weights, labels, allowed)
     lead = z.shape[:-1]
     if len(lead) != 1:
         z = z.reshape(lead.numel(), z.shape[-1])
@@ -97,13 +98,14 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     tensor([[-1., -1.]])
     """
     shape = log_vars.shape if isinstance(log_vars, Tensor) else ()
-    z, means, log_vars, log_weights, labels, allowed = _arguments(z, means, log_vars, log_weights, labels, allowed)
+    op = "gmm_log_prob_and_grad"
+    z, means, log_vars, log_weights, labels, allowed = _arguments(op, z, means, log_vars, log_weights, labels, allowed)
     lead = z.shape[:-1]
     if grad is None:
         grad = means.new_ones(lead)
-    means, grad = working_precision("gmm_log_prob_and_grad", "means", means, grad)
-    check_floats("gmm_log_prob_and_grad", means=means, grad=grad)
-    check_shape("gmm_log_prob_and_grad", "grad", grad, tuple(lead), "[...] as in z[..., D]")
+    means, grad = working_precision(op, "means", means, grad)
+    check_floats(op, means=means, grad=grad)
+    check_shape(op, "grad", grad, tuple(lead), "[...] as in z[..., D]")
 
     name = BOTH.choose(z, backend)
     rows = z if len(lead) == 1 else z.reshape(lead.numel(), z.shape[-1])
@@ -129,55 +131,54 @@ def _reference_and_grad(grad, z, means, log_vars, log_weights, labels, allowed):
         return log_prob.detach(), *torch.autograd.grad(log_prob, leaves, grad)
 
 
-def _arguments(z, means, log_vars, log_weights, labels, allowed):
+def _arguments(op, z, means, log_vars, log_weights, labels, allowed):
     """The checked arguments: floats in working precision, log_vars as [K, D], labels and allowed over N rows."""
-    z, means, log_vars, log_weights = working_precision("gmm_log_prob", "z", z, means, log_vars, log_weights)
-    check_floats("gmm_log_prob", means=means, z=z, log_vars=log_vars, log_weights=log_weights)
-    log_vars = _check_mixture(z, means, log_vars, log_weights)
+    z, means, log_vars, log_weights = working_precision(op, "z", z, means, log_vars, log_weights)
+    check_floats(op, means=means, z=z, log_vars=log_vars, log_weights=log_weights)
+    log_vars = _check_mixture(op, z, means, log_vars, log_weights)
     if labels is not None or allowed is not None:
-        labels, allowed = _check_allowed(labels, allowed, z.shape[:-1], means)
+        labels, allowed = _check_allowed(op, labels, allowed, z.shape[:-1], means)
     return z, means, log_vars, log_weights, labels, allowed
 
 
-def _check_mixture(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
+def _check_mixture(op: str, z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
     """Shapes of the mixture against z[..., D]; returns log_vars as [K, D]."""
     if z.dim() == 0:
-        raise ValueError("gmm_log_prob: z must have shape [..., D], given a scalar.")
+        raise ValueError(f"{op}: z must have shape [..., D], given a scalar.")
     if means.dim() != 2 or means.shape[1] != z.shape[-1]:
-        raise ValueError(f"gmm_log_prob: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
+        raise ValueError(f"{op}: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
                          f"given {list(means.shape)}.")
-    check_shape("gmm_log_prob", "log_weights", log_weights, means.shape[:1], "[K]")
+    check_shape(op, "log_weights", log_weights, means.shape[:1], "[K]")
     if log_vars.shape == means.shape:
         return log_vars
     K, D = means.shape
     if tuple(log_vars.shape) not in ((K, 1), (1, D), (1, 1), (D,), (1,), ()):
-        raise ValueError(f"gmm_log_prob: log_vars must have shape [K, D] = {[K, D]}, [K, 1] (isotropic), [D] or [] (shared), "
+        raise ValueError(f"{op}: log_vars must have shape [K, D] = {[K, D]}, [K, 1] (isotropic), [D] or [] (shared), "
                          f"given {list(log_vars.shape)}.")
     return log_vars.expand(K, D)
 
 
-def _check_allowed(labels: Tensor | None, allowed: Tensor | None, lead: torch.Size,
+def _check_allowed(op: str, labels: Tensor | None, allowed: Tensor | None, lead: torch.Size,
                    means: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """labels as int64 [N] and allowed as bool [C, K] or [N, K], on the device of the mixture."""
     K = means.shape[0]
     for name, tensor in (("labels", labels), ("allowed", allowed)):
         if tensor is not None and tensor.device != means.device:
-            raise ValueError(f"gmm_log_prob: {name} is on {tensor.device} but means is on {means.device}; "
+            raise ValueError(f"{op}: {name} is on {tensor.device} but means is on {means.device}; "
                              f"move one of them, e.g. {name}.to({means.device}).")
     if allowed is not None:
         if allowed.dtype != torch.bool:
-            raise TypeError(f"gmm_log_prob: allowed must be a boolean tensor, given {allowed.dtype}.")
+            raise TypeError(f"{op}: allowed must be a boolean tensor, given {allowed.dtype}.")
         if labels is None:
-            check_shape("gmm_log_prob", "allowed", allowed, (*lead, K), "[..., K]")
+            check_shape(op, "allowed", allowed, (*lead, K), "[..., K]")
             allowed = allowed.reshape(-1, K)
         elif allowed.dim() != 2 or allowed.shape[1] != K:
-            raise ValueError(f"gmm_log_prob: with labels, allowed must have shape [C, K] with K = {K}, "
-                             f"given {list(allowed.shape)}.")
+            raise ValueError(f"{op}: with labels, allowed must have shape [C, K] with K = {K}, given {list(allowed.shape)}.")
     if labels is not None:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"gmm_log_prob: labels must be integers, given {labels.dtype}.")
-        check_shape("gmm_log_prob", "labels", labels, tuple(lead), "[...] as in z[..., D]")
-        check_indices("gmm_log_prob", "labels", labels, -1, K if allowed is None else allowed.shape[0])
+            raise TypeError(f"{op}: labels must be integers, given {labels.dtype}.")
+        check_shape(op, "labels", labels, tuple(lead), "[...] as in z[..., D]")
+        check_indices(op, "labels", labels, -1, K if allowed is None else allowed.shape[0])
         labels = labels.reshape(-1).long()
     return labels, allowed
 

@@ -29,6 +29,7 @@ Kernels read z once forward and once backward, and keep [S, N] only: log w, or â
 """
 
 import math
+import weakref
 from functools import partial
 
 import torch
@@ -111,9 +112,9 @@ def importance_objective(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,
     Args:
         z, mu, log_var, log_px, log_pz: as in `importance_log_weights`.
         estimator: "iwae", the gradient of the bound; "stl", "dreg" or "piwae" (module docstring). "dreg" and "piwae" weigh
-            encoder and decoder differently: a hook on z multiplies the gradient that reaches it, so let this z, the tensor
-            given here, enter the decoder and the prior, and no other term of the loss. torch.compile does not trace the hook:
-            it leaves the call to eager mode, and with fullgraph=True raises.
+            encoder and decoder differently: a hook on z multiplies the gradient that reaches it in a backward pass of this
+            bound, so let this z, the tensor given here, enter the decoder and the prior, and no other term of the loss.
+            torch.compile does not trace the hook: it leaves the call to eager mode, and with fullgraph=True raises.
         alpha, groups, elbo_weight: as in `importance_bound`. The value of "piwae" is the bound over all samples, `groups`
             are those of the encoder.
         backend: "cpp", "cuda", "triton" or "reference" instead of the automatic choice.
@@ -149,20 +150,40 @@ def importance_objective(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,
             raise ValueError(f"{op}: estimator='dreg' needs a finite alpha, given {alpha}; use 'stl', its limit.")
         bound, _, weights = _run(name, *path, *options)
         factor = partial(reference.dreg_factor, alpha=alpha, elbo_weight=elbo_weight, groups=groups)
-        _scale_gradient(z, factor, weights)
+        _scale_gradient(z, bound, factor, weights)
         return bound
     bound, _, decoder = _run(name, *path, alpha, elbo_weight, 1)
     fixed = (t if t is None else t.detach() for t in densities)
     direct, _, encoder = _run(name, z_.detach(), mu_, log_var_, *fixed, *options, need_weights=z.requires_grad)
-    _scale_gradient(z, reference.piwae_factor, decoder, encoder)
+    _scale_gradient(z, bound, reference.piwae_factor, decoder, encoder)
     return bound + (direct - direct.detach()).nan_to_num()
 
 
-def _scale_gradient(z: Tensor, factor, *weights: Tensor) -> None:
-    """Multiplies whatever gradient reaches z [S,N,D] by factor(*weights) [S,N]."""
+def _scale_gradient(z: Tensor, bound: Tensor, factor, *weights: Tensor) -> None:
+    """Multiplies whatever gradient reaches z [S,N,D] in a backward pass of `bound` by factor(*weights) [S,N]."""
     if z.requires_grad and torch.is_grad_enabled():
-        scale = factor(*(w.detach() for w in weights))[..., None]
-        z.register_hook(lambda grad: (grad * scale).to(grad.dtype))
+        scale = _GradientScale(factor(*(w.detach() for w in weights))[..., None])
+        bound.register_hook(scale.enter)
+        hook = z.register_hook(partial(_GradientScale.apply, weakref.ref(scale)))
+        weakref.finalize(scale, hook.remove)
+
+
+class _GradientScale:
+    """Belongs to the graph of a bound and leaves z with it: a leaf serves many calls, and passes of others go by."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+        self.task = None  # the backward pass that the bound is in
+
+    def enter(self, _grad: Tensor) -> None:
+        self.task = torch._C._current_graph_task_id()
+
+    @staticmethod
+    def apply(reference: weakref.ref, grad: Tensor) -> Tensor:
+        own = reference()
+        if own is None or own.task != torch._C._current_graph_task_id():
+            return grad
+        return (grad * own.scale).to(grad.dtype)
 
 
 def _check_samples(op: str, z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,

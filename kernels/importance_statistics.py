@@ -83,6 +83,8 @@ class ImportanceAccumulator:
     """
 
     def __init__(self, *, max_samples: int | None = None, backend: str | None = None) -> None:
+        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+            raise ValueError(f"ImportanceAccumulator: max_samples must be a positive integer or None, given {max_samples!r}.")
         self.samples = 0  # of each data point, so far
         self.max_samples = max_samples
         self._backend = backend

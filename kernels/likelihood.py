@@ -166,6 +166,8 @@ def _data(op: str, x: Tensor) -> Tensor:
 
 def _log_prob(kind: int, tensors: dict[str, Tensor], mask: Tensor | None, event_dims: int, backend: str | None) -> Tensor:
     op = OPS[kind]
+    if not isinstance(event_dims, int):
+        raise TypeError(f"{op.name}: event_dims must be an integer, given {event_dims!r}.")
     names, (x, a, *rest) = tuple(tensors), tensors.values()
     a, x, *rest = working_precision(op.name, names[1], a, x, *rest)
     tensors = dict(zip(names, (x, a, *rest), strict=True))

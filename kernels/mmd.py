@@ -70,7 +70,7 @@ def mmd2(x: Tensor, y: Tensor, *, kernel: str = "imq", scales: Sequence[float] |
     _check_choice("mmd2", "combine", combine, ("sum", "mean"))
     x, y, kernel_options = check("mmd2", x, y, kernel, scales, unit, least=2 if estimator == "unbiased" else 1)
     factor = 1 / len(kernel_options[1]) if combine == "mean" and kernel != "energy" else 1.0
-    return _run(OP.choose(x, backend), x, y, kernel_options, estimator, [factor, factor, -2 * factor])
+    return _run(OP.choose(x, backend, len(kernel_options[1])), x, y, kernel_options, estimator, [factor, factor, -2 * factor])
 
 
 def kernel_sums(x: Tensor, y: Tensor, *, kernel: str = "imq", scales: Sequence[float] | None = None,
@@ -83,7 +83,7 @@ def kernel_sums(x: Tensor, y: Tensor, *, kernel: str = "imq", scales: Sequence[f
     (tensor(0.), tensor(0.), tensor(-6.))
     """
     x, y, kernel_options = check("kernel_sums", x, y, kernel, scales, unit, least=0)
-    name = SUMS_OP.choose(x, backend)
+    name = SUMS_OP.choose(x, backend, len(kernel_options[1]))
     xx, yy, xy = (_run(name, x, y, kernel_options, "sum", sections)
                   for sections in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]))
     return xx, yy, xy
@@ -150,7 +150,7 @@ MATRIX = Primitive("mmd", "mmd_kernel", "(Tensor x, Tensor y, int kernel, float[
 SUPPORT = {
     "cpp": Support(("cpu",), (torch.float32, torch.float64, *HALF)),
     "triton": Support(("cuda",), (torch.float32, *HALF)),
-    "cuda": Support(("cuda",), (torch.float32, *HALF)),
+    "cuda": Support(("cuda",), (torch.float32, *HALF), max_scales=64),  # they travel with the launch
 }
 OP = register(Op("mmd2", "mmd_fwd", SUPPORT))
 SUMS_OP = register(Op("kernel_sums", "mmd_fwd", SUPPORT))

@@ -55,7 +55,7 @@ def mmd_witness(points: Tensor, x: Tensor, y: Tensor, *, kernel: str = "imq", sc
     if points.dim() != 2 or points.shape[1] != x.shape[1]:
         raise ValueError(f"mmd_witness: points must have shape [P, D] with D = {x.shape[1]} as in x and y, "
                          f"given {list(points.shape)}.")
-    name = WITNESS_OP.choose(x, backend)
+    name = WITNESS_OP.choose(x, backend, len(options[1]))
     each = x.shape[1] if torch.is_grad_enabled() or name == "reference" else 1  # numbers a pair of the reference
     rows = max(1, BLOCK // (each * max(x.shape[0], y.shape[0])))
     parts = [_matrix_of(name, part, x, options).mean(1) - _matrix_of(name, part, y, options).mean(1)
@@ -131,7 +131,7 @@ def two_sample_test(x: Tensor, y: Tensor, *, permutations: int = 1000, kernel: s
     if not isinstance(permutations, int) or permutations < 1:
         raise ValueError(f"two_sample_test: permutations must be a positive integer, given {permutations!r}.")
     x, y, options = check("two_sample_test", x, y, kernel, scales, unit, least=2)
-    name, N, M = TEST_OP.choose(x, backend), x.shape[0], y.shape[0]
+    name, N, M = TEST_OP.choose(x, backend, len(options[1])), x.shape[0], y.shape[0]
     pool = torch.cat((x, y))
     labels = pool.new_zeros(N + M, permutations + 1)
     labels[:N, 0] = 1

@@ -51,7 +51,7 @@ def pairwise_kl(mu: Tensor, log_var: Tensor, *, std: bool = True, group: "Proces
     """Mean and standard deviation of KL(q_i‖q_j) over the ordered pairs i ≠ j of posteriors q_i = N(mu_i, exp(log_var_i)).
 
     Args:
-        mu: `[N, D]`, N ≥ 2.
+        mu: `[N, D]`, N ≥ 2; an infinite one makes the statistics of its dimension and the deviation NaN.
         log_var: log σ², `[N, D]`; σ² and 1 / σ² must be finite in the dtype.
         std: also the unbiased standard deviation of the total, MAE's L_smooth. Without it the cost is O(N·D).
         group: the batch is the concatenation of those of the ranks of this process group, of any sizes. Every rank gets
@@ -75,15 +75,7 @@ def pairwise_kl(mu: Tensor, log_var: Tensor, *, std: bool = True, group: "Proces
     >>> pairwise_kl(mu, torch.zeros(3, 1)).mpd
     tensor(2.3333)
     """
-    mu, log_var = _check("pairwise_kl", mu, log_var, group)
-    if group is not None:
-        _check_group("pairwise_kl", backend)
-        return PairwiseKL(*distributed.pairwise_kl(mu, log_var, std, group))
-    name = OP.choose(mu, backend)
-    if name == "reference":
-        return PairwiseKL(*reference.pairwise_kl(mu, log_var, std))
-    mean, deviation, _, _ = _statistics(name, mu, log_var, std, _needs_grad(mu, log_var))
-    return PairwiseKL(mean, deviation if std else None)
+    return _pairwise_kl(OP, mu, log_var, std, group, backend)
 
 
 def pairwise_kl_diversity(mu: Tensor, log_var: Tensor, *, form: str = "paper", group: "ProcessGroup | None" = None,
@@ -116,7 +108,7 @@ def pairwise_kl_diversity(mu: Tensor, log_var: Tensor, *, form: str = "paper", g
     if form not in ("paper", "code"):
         raise ValueError(f"pairwise_kl_diversity: form must be 'paper' (Eq. 8) or 'code' (the authors' code), given {form!r}.")
     if form == "code":
-        return softplus(-pairwise_kl(mu, log_var, std=False, group=group, backend=backend).mean_per_dim).sum()
+        return softplus(-_pairwise_kl(CODE_OP, mu, log_var, False, group, backend).mean_per_dim).sum()
     mu, log_var = _check("pairwise_kl_diversity", mu, log_var, group)
     if group is not None:
         mu, log_var = distributed.gather(mu, log_var, group)
@@ -124,6 +116,19 @@ def pairwise_kl_diversity(mu: Tensor, log_var: Tensor, *, form: str = "paper", g
     if name == "reference":
         return reference.pairwise_kl_diversity(mu, log_var)
     return _diversity(name, mu, log_var, _needs_grad(mu, log_var))[0]
+
+
+def _pairwise_kl(op: Op, mu: Tensor, log_var: Tensor, std: bool, group: "ProcessGroup | None",
+                 backend: str | None) -> PairwiseKL:
+    mu, log_var = _check(op.name, mu, log_var, group)
+    if group is not None:
+        _check_group(op.name, backend)
+        return PairwiseKL(*distributed.pairwise_kl(mu, log_var, std, group))
+    name = op.choose(mu, backend)
+    if name == "reference":
+        return PairwiseKL(*reference.pairwise_kl(mu, log_var, std))
+    mean, deviation, _, _ = _statistics(name, mu, log_var, std, _needs_grad(mu, log_var))
+    return PairwiseKL(mean, deviation if std else None)
 
 
 def _check(op: str, mu: Tensor, log_var: Tensor, group: "ProcessGroup | None") -> tuple[Tensor, Tensor]:
@@ -178,6 +183,7 @@ OP = register(Op("pairwise_kl", "pairwise_kl_fwd", {
     "triton": Support(("cuda",), (torch.float32, *HALF), max_dim=4096),  # a posterior stays in registers
     "cuda": _GPU,
 }))
+CODE_OP = Op("pairwise_kl_diversity", "pairwise_kl_fwd", OP.support)  # its form="code", made of the means
 DIVERSITY_OP = register(Op("pairwise_kl_diversity", "pairwise_kl_diversity_fwd", {"cpp": _CPP, "triton": _GPU, "cuda": _GPU}))
 
 

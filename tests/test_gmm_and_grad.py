@@ -96,7 +96,7 @@ def test_mistakes_have_one_clear_error():
         gmm_log_prob_and_grad(*inputs, torch.ones(5))
     with pytest.raises(TypeError, match=r"grad is torch.float64 but means is torch.float32"):
         gmm_log_prob_and_grad(*inputs, torch.ones(6, dtype=torch.float64))
-    with pytest.raises(ValueError, match="means must have shape"):
+    with pytest.raises(ValueError, match=r"^gmm_log_prob_and_grad: means must have shape"):
         gmm_log_prob_and_grad(inputs[0], inputs[1][:, :2], *inputs[2:])
     with use_backend("reference"):
         assert_same(gmm_log_prob_and_grad(*inputs), by_autograd(inputs, torch.ones(6)))

@@ -147,7 +147,8 @@ def test_values_and_gradients(kernels, shape):
 
 
 @pytest.mark.parametrize("options", [(1.0, 1.0, 1), (0.5, 0.0, 3), (3.0, 0.0, 1), (-math.inf, 0.0, 2), (math.inf, 0.3, 1),
-                                     (0.0, 0.3, 4)], ids=str)
+                                     (0.0, 0.3, 4), (0.999, 0.0, 1), (1 - 1e-5, 0.3, 3), (1 - 1e-7, 0.0, 4),
+                                     (1 + 1e-7, 0.0, 1)], ids=str)
 def test_every_bound(kernels, options):
     inputs, grad = samples(84, 5, 3)
     check(kernels, inputs, grad, *options)

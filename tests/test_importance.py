@@ -90,6 +90,25 @@ def test_reference_is_the_formula():
             check(samples(8, 3, 2, dtype), "reference", **options)
 
 
+@pytest.mark.parametrize("alpha", [0.9, 0.999, 1 - 1e-5, 1 - 1e-7, 1 - 1e-15, 1 + 1e-9, 1.5], ids=str)
+def test_bounds_next_to_the_elbo(implementation, alpha):
+    """The logarithm of a mean next to 1, over 1 − α, is off by eps / |1 − α|."""
+    backend, device = implementation
+    g = torch.Generator().manual_seed(0)
+    outliers = torch.zeros(99, 2)
+    outliers[7] = torch.tensor([100.0, -100.0])
+    for log_w in (3 * torch.randn(100, 5, generator=g), torch.randn(1100, 23, generator=g) - 90, outliers):
+        for dtype in dtypes_of(backend):
+            x = log_w.to(device, dtype)
+            for groups in (1, 11):
+                x = x[:len(x) // groups * groups]
+                exact, weights = oracle.bound_and_weights(longdouble(x), alpha, 0.0, groups)
+                scale = (weights * abs(longdouble(x))).sum(0)
+                direct = importance_bound(x, alpha, groups=groups, backend="reference")
+                assert_within_budget("reference", direct, torch.from_numpy(exact.astype(float)).to(x), exact, scale)
+                assert_within_budget("bound", importance_bound(x, alpha, groups=groups, backend=backend), direct, exact, scale)
+
+
 def test_log_weights_agree_with_torch_distributions_and_bounds_with_scipy(implementation):
     backend, device = implementation
     z, mu, log_var, log_px = inputs = samples(12, 5, 3, device=device)
@@ -297,7 +316,8 @@ def test_half_precision_and_autocast_give_float32(implementation):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "groups": 2, "elbo_weight": 0.3}, {"alpha": 2.0}, {"alpha": 1.0}],
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "groups": 2, "elbo_weight": 0.3}, {"alpha": 2.0}, {"alpha": 1.0},
+                                     {"alpha": 0.999}],
                          ids=str)
 def test_gradcheck_once_and_twice(backend, options):
     if backend == "cpp" and not native.cpp:
@@ -402,6 +422,10 @@ GOOD = {"z": torch.zeros(4, 3, 2), "mu": torch.zeros(3, 2), "log_var": torch.zer
     ({"z": [[0.0]]}, TypeError, "z must be a tensor, given list"),
     ({"z": torch.zeros(4, 3, 2, dtype=torch.int64)}, TypeError, "z is torch.int64 but mu is torch.float32"),
     ({"log_px": torch.zeros(4, 3, dtype=torch.float64)}, TypeError, "log_px is torch.float64 but mu is torch.float32"),
+    ({"mu": torch.zeros(3, 2, dtype=torch.float64), "log_px": torch.zeros(4, 3, dtype=torch.bfloat16)}, TypeError,
+     "z is torch.float32 but mu is torch.float64"),
+    ({**{k: t.double() for k, t in GOOD.items()}, "log_px": torch.zeros(4, 3, dtype=torch.bfloat16)}, TypeError,
+     "log_px is torch.bfloat16 but mu is torch.float64"),
     ({"log_pz": 0.0}, TypeError, "log_pz must be a tensor, given float"),
     ({"z": torch.zeros(4, 3, 2, device="meta")}, ValueError, "z is on meta but mu is on cpu"),
     ({"z": torch.zeros(0, 3, 2), "log_px": torch.zeros(0, 3)}, ValueError, "a bound needs at least one sample, given S = 0"),

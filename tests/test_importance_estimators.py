@@ -208,7 +208,32 @@ def test_hook_serves_a_leaf_and_none_is_left_without_gradients():
     assert frozen.grad.isfinite().all()
     with torch.no_grad():
         importance_objective(z, mu, m["log_var"], log_px, estimator="dreg")
-    assert len(z._backward_hooks) == 1
+    assert not z._backward_hooks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["dreg", "piwae"])
+def test_calls_on_one_leaf_do_not_scale_each_others_gradients(estimator, backend):
+    m = model(6)
+    z = (m["mu"] + m["noise"]).requires_grad_()
+
+    def objective(name, shift=0.0):
+        log_px = log_likelihood(m["x"] + shift, z, m["theta"])
+        groups = 1 if name == "stl" else 2
+        return importance_objective(z, m["mu"], m["log_var"], log_px, estimator=name, groups=groups, backend=backend).sum()
+
+    def gradient(value, **options):
+        return torch.autograd.grad(value, z, **options)[0]
+
+    first, plain = gradient(objective(estimator)), gradient(objective("stl"))
+    assert (first - plain).norm() > 1e-3 * plain.norm()
+    kept, other = objective(estimator), objective(estimator, shift=1.0)
+    moved = gradient(other)
+    assert torch.equal(gradient(kept, retain_graph=True), first) and torch.equal(gradient(kept), first)
+    assert torch.equal(gradient(objective("stl")), plain) and torch.equal(gradient(z.sum()), torch.ones_like(z))
+    assert torch.equal(gradient(objective(estimator, shift=1.0)), moved)
+    del kept, other
+    assert not z._backward_hooks
 
 
 def test_routed_estimators_refuse_to_be_compiled():

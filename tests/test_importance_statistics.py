@@ -146,6 +146,9 @@ def test_interval_covers_the_truth():
 
 
 def test_mistakes_get_one_clear_error():
+    for wrong in ("3", 0, -4):
+        with pytest.raises(ValueError, match=rf"max_samples must be a positive integer or None, given {wrong!r}"):
+            ImportanceAccumulator(max_samples=wrong)
     samples = ImportanceAccumulator(max_samples=10)
     with pytest.raises(ValueError, match="no samples have been added yet"):
         samples.log_likelihood()

@@ -120,6 +120,8 @@ X, L = torch.zeros(3, 4), torch.zeros(2, 3, 4)
     ((X, L), {"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta but x is on cpu"),
     ((X.long(), L), {}, TypeError, "x must be a floating-point tensor, given torch.int64"),
     ((X, L.double()), {}, TypeError, "logits is torch.float64 but x is torch.float32"),
+    ((X.double(), L.bfloat16()), {}, TypeError, "logits is torch.bfloat16 but x is torch.float64"),
+    ((X, L), {"event_dims": 1.0}, TypeError, "event_dims must be an integer, given 1.0"),
     ((X, [0.0]), {}, TypeError, "logits must be a tensor, given list"),
     ((X, L.to("meta")), {}, ValueError, "logits is on meta but x is on cpu"),
     ((X, L), {"backend": "fast"}, BackendError, "Unknown backend 'fast'"),

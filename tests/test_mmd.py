@@ -1,14 +1,16 @@
 """mmd2 and kernel_sums: values and gradients of every implementation against an 80-bit oracle, on odd inputs."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from latent_engine.kernels import BackendError, kernel_sums, mmd2, native
-from latent_engine.kernels.mmd import ESTIMATORS, KERNELS, RATIONAL_SCALES, WAE_SCALES
+from latent_engine.kernels import BackendError, explain, kernel_sums, mmd2, native
+from latent_engine.kernels.backends import Op
+from latent_engine.kernels.mmd import ESTIMATORS, KERNELS, RATIONAL_SCALES, SUPPORT, WAE_SCALES
 
 from oracles import assert_within_budget, longdouble
 from oracles import mmd as oracle
@@ -339,6 +341,21 @@ GOOD = {"x": torch.zeros(4, 3), "y": torch.zeros(5, 3)}
 def test_mistakes_get_one_clear_error(changes, error, message):
     with pytest.raises(error, match=message):
         mmd2(**{**GOOD, **changes})
+
+
+def test_too_many_scales_for_a_backend():
+    """The CUDA kernels take 64: the automatic choice falls back, and a forced backend says why."""
+    x = torch.zeros(4, 3)
+    limit = replace(SUPPORT["cuda"], devices=("cpu",))
+    assert limit.rejection(x, 64) is None
+    op = Op("mmd2", "mmd_fwd", {"cpp": limit, "triton": SUPPORT["cpp"]})
+    if native.cpp:
+        assert op.choose(x, scales=64) == "cpp" and op.choose(x, scales=65) == "reference"
+        with pytest.raises(BackendError, match=r"mmd2: the backend 'cpp' .* serves up to 64 scales, given 65"):
+            op.choose(x, "cpp", 65)
+    assert set(explain(mmd2, x, x, scales=[1.0] * 65)) == {"cpp", "cuda", "triton", "reference"}
+    value = mmd2(x, x + 1, scales=[0.5] * 65)
+    torch.testing.assert_close(value, 65 * mmd2(x, x + 1, scales=[0.5]))
 
 
 def test_longdouble_oracle_slopes_are_those_of_the_values():

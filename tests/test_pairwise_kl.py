@@ -140,6 +140,20 @@ def test_extremes_keep_their_digits(implementation, case, N):
     check([mu, log_var], backend)
 
 
+@pytest.mark.parametrize("log_var", [-40.0, -50.0, -80.0])
+@pytest.mark.parametrize("N", [5, 18], ids=lambda n: f"N{n}")
+@needs_cpp
+def test_deviations_whose_squares_overflow(N, log_var):
+    """The pair matrix of float32 passes 1.8e19 long before the deviation leaves the range."""
+    mu, _ = posteriors(N, 3)
+    leaves = [t.requires_grad_() for t in (mu, torch.full_like(mu, log_var))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    found, expected = pairwise_kl(*leaves, backend="cpp").std, pairwise_kl(*wide, backend="reference").std
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    for a, e in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, wide), strict=True):
+        assert (a - e).norm() <= 1e-5 * e.norm()
+
+
 def test_equal_posteriors(implementation):
     """No divergence: the deviation and all gradients are 0 within rounding, and L_diverse is D log 2."""
     backend, device = implementation
@@ -355,6 +369,15 @@ def test_mistakes_get_one_clear_error(op, changes, error, message):
 def test_unknown_form():
     with pytest.raises(ValueError, match=r"form must be 'paper' \(Eq. 8\) or 'code' \(the authors' code\), given 'eq8'"):
         pairwise_kl_diversity(**GOOD, form="eq8")
+
+
+def test_both_forms_name_their_function():
+    mu = torch.zeros(3, 2)
+    for form in ("paper", "code"):
+        with pytest.raises(ValueError, match=r"^pairwise_kl_diversity: mu and log_var must have one shape"):
+            pairwise_kl_diversity(mu, mu[:2], form=form)
+        with pytest.raises(BackendError, match=r"^pairwise_kl_diversity: the backend 'cuda'"):
+            pairwise_kl_diversity(mu, mu, form=form, backend="cuda")
 
 
 def test_numbers_by_hand():

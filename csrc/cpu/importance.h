@@ -41,6 +41,7 @@ struct ImportanceBound {
   ImportanceOrder<T> order;
   T elbo_weight;
   T* moments;  // [groups, blocks, 4, stride]; the first block of each group becomes that of the group
+  T* centres;  // [groups, stride], what the excess is measured from; null where the bound needs no correction
   T* bound;    // [N]
 };
 
@@ -66,6 +67,10 @@ struct ImportanceKernels {
   void (*wide_moments)(const T* log_w, int64_t rows, int64_t N, ImportanceOrder<double>, double* moments, int64_t stride);
   void (*merge)(T* moments, int64_t blocks, int64_t stride, T scale);  // into the first
   void (*bound)(const ImportanceBound<T>&);
+  // The correction of a bound next to the ELBO: Σ exp(scale · (sign · log w − centre)) − 1 of the rows of a block in the place
+  // of its Σ e², then of all blocks into the bound.
+  void (*excess)(const ImportanceBound<T>&, const T* centre, const T* log_w, int64_t rows, T* moments);
+  void (*correct)(const ImportanceBound<T>&);
   // rows of one group into ∂bound / ∂log w
   void (*weights)(const ImportanceBound<T>&, const T* moments, const T* log_w, int64_t rows, T* weights);
   void (*backward)(const ImportanceGradient<T>&, int64_t chunk);

@@ -268,7 +268,7 @@ static void importance_merge_backward(const ImportanceGradient<T>& p, int64_t fi
 
 template <class T>
 static constexpr ImportanceKernels<T> importance_kernels() {
-  return {importance_pack<T>,  importance_log_weights<T>, importance_moments<T, T>, importance_moments<double, T>,
-          importance_merge<T>, importance_bound<T>,       importance_weights<T>,    importance_backward<T>,
-          importance_merge_backward<T>};
+  return {importance_pack<T>,    importance_log_weights<T>, importance_moments<T, T>, importance_moments<double, T>,
+          importance_merge<T>,   importance_bound<T>,       importance_excess<T>,     importance_correct<T>,
+          importance_weights<T>, importance_backward<T>,    importance_merge_backward<T>};
 }

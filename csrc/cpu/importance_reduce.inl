@@ -114,6 +114,14 @@ static void importance_merge(T* moments, int64_t blocks, int64_t stride, T scale
   }
 }
 
+// Close to the Rényi bound · sign of a group. log(Σ e / size) next to 1 has lost what the division by a small scale shows; the
+// mean is closer where all log-weights are.
+template <class T>
+static inline Vec<T> importance_centre(Vec<T> rough, Vec<T> top, Vec<T> mean, T scale) {
+  constexpr T narrow = T(1) / 1024;
+  return scale * (top - mean) < broadcast(narrow) ? mean : rough;
+}
+
 template <class T>
 static void importance_bound(const ImportanceBound<T>& p) {
   const T inverse_size = T(p.groups) / T(p.S);
@@ -122,9 +130,18 @@ static void importance_bound(const ImportanceBound<T>& p) {
     for (int64_t g = 0; g < p.groups; ++g) {
       const T* const moments = p.moments + g * p.blocks * kImportanceMoments * p.stride + i;
       const Vec<T> top = load(moments), sum = load(moments + p.stride);
-      total += load(moments + 3 * p.stride);
-      renyi += p.order.scale == kInf<T> ? p.order.sign * top + (sum - sum)
-                                        : p.order.sign * (gmm_shift<T>(top) + log<T>(sum * inverse_size) / p.order.scale);
+      const Vec<T> group_total = load(moments + 3 * p.stride);
+      total += group_total;
+      if (p.order.scale == kInf<T>) {
+        renyi += p.order.sign * top + (sum - sum);
+        continue;
+      }
+      Vec<T> value = gmm_shift<T>(top) + log<T>(sum * inverse_size) / p.order.scale;
+      if (p.centres) {
+        value = importance_centre<T>(value, top, p.order.sign * group_total * inverse_size, p.order.scale);
+        store(p.centres + g * p.stride + i, value);
+      }
+      renyi += p.order.sign * value;
     }
     T lanes[kLanes<T>];
     const Vec<T> mean = total / T(p.S), bound = renyi / T(p.groups);
@@ -132,6 +149,41 @@ static void importance_bound(const ImportanceBound<T>& p) {
                  : p.elbo_weight == T(1) ? mean
                                          : p.elbo_weight * mean + (T(1) - p.elbo_weight) * bound);
     std::copy_n(lanes, std::min<int64_t>(kLanes<T>, p.N - i), p.bound + i);
+  }
+}
+
+template <class T>
+static void importance_excess(const ImportanceBound<T>& p, const T* centre, const T* log_w, int64_t rows, T* moments) {
+  const ImportancePeriod period = ImportancePeriod::of<T>(p.N, rows);
+  const int64_t size = period.size;
+  Arena<T> arena(Scratch::task, size, size, size);
+  T *const shift = arena.take(size), *const sum = arena.take(size), *const buffer = arena.take(size);
+  period.spread(centre, shift);
+  std::fill_n(sum, size, T(0));
+  period.each(log_w, rows, T(0), buffer, [&](const T* x, int64_t row) {
+    if (x == buffer)  // the padding has no excess
+      for (int64_t i = (rows - row) * p.N; i < size; ++i) buffer[i] = p.order.sign * shift[i];
+    for (int64_t i = 0; i < size; i += kLanes<T>)
+      store(sum + i, load(sum + i) + expm1<T>(p.order.scale * (p.order.sign * load(x + i) - load(shift + i))));
+  });
+  period.fold(sum, T(0), moments + 2 * p.stride, [](T a, T b) { return a + b; });
+}
+
+template <class T>
+static void importance_correct(const ImportanceBound<T>& p) {
+  const T inverse_size = T(p.groups) / T(p.S), factor = (T(1) - p.elbo_weight) / T(p.groups);
+  for (int64_t i = 0; i < p.N; i += kLanes<T>) {
+    Vec<T> sum = {};
+    for (int64_t g = 0; g < p.groups; ++g) {
+      Vec<T> excess = {};
+      for (int64_t b = 0; b < p.blocks; ++b)
+        excess += load(p.moments + ((g * p.blocks + b) * kImportanceMoments + 2) * p.stride + i);
+      const Vec<T> centre = load(p.centres + g * p.stride + i), correction = log1p<T>(excess * inverse_size) / p.order.scale;
+      sum += centre - centre == T(0) ? correction : Vec<T>{};
+    }
+    T lanes[kLanes<T>];
+    store(lanes, p.order.sign * factor * sum);
+    for (int64_t j = 0; j < std::min<int64_t>(kLanes<T>, p.N - i); ++j) p.bound[i + j] += lanes[j];
   }
 }
 

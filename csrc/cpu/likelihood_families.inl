@@ -83,7 +83,7 @@ struct DiscretizedLogistic {
 
   template <class T, bool gradient>
   static void derive(Vec<T> log_scale, Vec<T>* d) {
-    const Vec<T> w = exp<T>(T(-4.848116364598481) - log_scale), below = -expm1_nonpositive<T>(-w);  // log(2/255) − log s
+    const Vec<T> w = exp<T>(T(-4.848116364598481) - log_scale), below = -expm1<T>(-w);  // log(2/255) − log s
     constexpr T narrow = sizeof(T) == 4 ? T(1e-3) : T(1e-7);
     d[0] = exp<T>(-log_scale);
     if (gradient)

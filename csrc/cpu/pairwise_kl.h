@@ -55,11 +55,13 @@ template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
   PairColumns<T> columns;
-  T mean, scale;      // of the total; of the gradients
+  T mean;             // of the total
+  T unit, scale;      // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
   T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
   T* deviations;      // [stride][stride]: KL − mean by second posterior, 0 on the diagonal and in the padding
-  T *sums, *squares;  // [stride]
-  T* turned;          // [stride][stride]: the deviations by first posterior
+  T* sums;            // [stride]
+  double* squares;    // [stride]: beyond float where deviations pass 1.8e19
+  T* turned;          // [stride][stride]: the deviations by first posterior, times unit
   T* balance;         // [stride]
   T* gradients;       // [2][N][D]
 };

@@ -72,18 +72,20 @@ static void pair_deviations(const PairwiseKlDirect<T>& p, T error, int64_t first
   for (int64_t j = first; j < last; ++j) {
     T* const row = p.deviations + j * stride;
     for (int64_t i = 0; i < (j < N ? N : 0); ++i) row[i] -= i == j ? T(0) : error;
-    p.squares[j] = sum_groups<T>(stride, [&](int64_t k) { return load(row + k) * load(row + k); });
+    p.squares[j] = sum_groups<double>(stride, [&](int64_t k) { return load_wide(row + k) * load_wide(row + k); });
   }
 }
 
-// Rows [first, last) of the transposed deviations; Σ_k g_ki − Σ_j g_ij, which all dimensions share.
+// Rows [first, last) of the transposed deviations, times unit; Σ_k g_ki − Σ_j g_ij, which all dimensions share.
 template <class T>
 static void pair_turn(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
   const int64_t stride = p.columns.stride;
   transpose(p.deviations + first, stride, 1, p.turned + first * stride, stride, stride, last - first);
   for (int64_t i = first; i < last; ++i) {
-    const T *const second = p.deviations + i * stride, *const first_role = p.turned + i * stride;
-    p.balance[i] = sum_groups<T>(stride, [&](int64_t k) { return load(second + k) - load(first_role + k); });
+    const T* const second = p.deviations + i * stride;
+    T* const first_role = p.turned + i * stride;
+    for (int64_t k = 0; k < stride; ++k) first_role[k] *= p.unit;
+    p.balance[i] = sum_groups<T>(stride, [&](int64_t k) { return p.unit * load(second + k) - load(first_role + k); });
   }
 }
 
@@ -99,7 +101,8 @@ static inline void pair_gradient_tile(const PairwiseKlDirect<T>& p, int64_t d, i
     Vec<T> sums[kSums][vectors] = {};
     for (int64_t j = j0; j < std::min(N, j0 + kPairColumns); ++j) {
       const T *const as_first = p.deviations + j * stride + i, *const as_second = p.turned + j * stride + i;
-      const Vec<T> mu_j = broadcast(c.mu[j]), var_j = broadcast(c.var[j]), inverse_j = broadcast(c.inverse[j]);
+      const Vec<T> mu_j = broadcast(c.mu[j]), var_j = broadcast(c.var[j]);
+      const Vec<T> inverse_j = broadcast(p.unit * c.inverse[j]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         const Vec<T> delta = mu[v] - mu_j, h = load(as_second + v * kLanes<T>);

@@ -34,7 +34,8 @@ static inline Vec<T> minus_absolute(Vec<T> x) {
   return (Vec<T>)((IntVec<T>)x | (IntVec<T>)broadcast(T(-0.0)));
 }
 
-// e^x = power · (1 + rest) for x ≤ 0, with a power of two. At least the smallest normal number; NaN stays NaN.
+// e^x = power · (1 + rest) for x ≤ 0, or below the overflow, with a power of two. At least the smallest normal number; NaN
+// stays NaN.
 template <class T>
 struct NonpositiveExp {
   Vec<T> power, rest;
@@ -58,9 +59,9 @@ static inline Vec<T> exp_nonpositive(Vec<T> x) {
   return e.rest * e.power + e.power;
 }
 
-// e^x − 1 for x ≤ 0.
+// e^x − 1 below the overflow of e^x.
 template <class T>
-static inline Vec<T> expm1_nonpositive(Vec<T> x) {
+static inline Vec<T> expm1(Vec<T> x) {
   const NonpositiveExp<T> e(x);
   return e.rest * e.power + (e.power - T(1));
 }

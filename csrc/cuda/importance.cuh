@@ -33,17 +33,25 @@ inline void all_log_weights(const Samples& p, const float* log_px, const float* 
   else launch(log_weights<32>, grid(tiles_of(rows, THREADS / 32)), 0, stream, p, log_px, log_pz, log_w);
 }
 
-// Parts of the moments of `groups` groups of `size` samples, and their number a group.
+// How the reductions divide `groups` groups of `size` samples into parts.
+struct Parts {
+  Split split;
+  int64_t blocks, share, count;  // samples a split, parts a group
+
+  Parts(int64_t groups, int64_t size, int64_t N)
+      : split(tiles_of(size, LEAST_SAMPLES * LANES), tiles_of(N, COLUMNS) * groups),
+        blocks(tiles_of(N, COLUMNS) * split.count * groups),
+        share(split.tiles_each * LEAST_SAMPLES * LANES),
+        count(split.count * LANES) {}
+};
+
+// Parts of the moments of `groups` groups of `size` samples.
 template <class T, class Workspace>
-int64_t moment_parts(const float* log_w, int64_t groups, int64_t size, int64_t N, Order order, T*& parts, Workspace& workspace,
-                     cudaStream_t stream) {
-  const int64_t columns = tiles_of(N, COLUMNS), tile = LEAST_SAMPLES * LANES;
-  const Split split(tiles_of(size, tile), columns * groups);
-  const int64_t count = split.count * LANES;
-  parts = reinterpret_cast<T*>(workspace(groups * count * MOMENTS * N * (sizeof(T) / sizeof(float))));
-  launch(moments<T>, grid(columns * split.count * groups), 0, stream, log_w, size, N, split.count, split.tiles_each * tile,
-         order, parts);
-  return count;
+T* moment_parts(const Parts& cut, const float* log_w, int64_t groups, int64_t size, int64_t N, Order order,
+                Workspace& workspace, cudaStream_t stream) {
+  T* const parts = reinterpret_cast<T*>(workspace(groups * cut.count * MOMENTS * N * (sizeof(T) / sizeof(float))));
+  launch(moments<T>, grid(cut.blocks), 0, stream, log_w, size, N, cut.split.count, cut.share, order, parts);
+  return parts;
 }
 
 // bound [N], and weights [S, N] unless null.
@@ -52,10 +60,19 @@ void reduce(const float* log_w, int64_t S, int64_t N, const Bound& b, float* bou
             cudaStream_t stream) {
   if (N == 0) return;
   const int64_t size = S / b.groups;
-  float *parts, *tops = workspace(b.groups * N), *factors = workspace(b.groups * N);
-  const int64_t count = moment_parts(log_w, b.groups, size, N, b.order, parts, workspace, stream);
-  launch(bounds, grid(tiles_of(N, THREADS)), 0, stream, parts, count, b.groups, S, N, b.order, b.elbo_weight, bound, tops,
-         factors);
+  const Parts cut(b.groups, size, N);
+  const bool corrects = !b.order.extreme && b.order.scale < 1.f && b.elbo_weight != 1.f;
+  float *tops = workspace(b.groups * N), *factors = workspace(b.groups * N);
+  float* const centres = corrects ? workspace(b.groups * N) : nullptr;
+  const float* const parts = moment_parts<float>(cut, log_w, b.groups, size, N, b.order, workspace, stream);
+  launch(bounds, grid(tiles_of(N, THREADS)), 0, stream, parts, cut.count, b.groups, S, N, b.order, b.elbo_weight, bound, tops,
+         factors, centres);
+  if (corrects) {
+    float* const excess = workspace(b.groups * cut.count * N);
+    launch(excesses, grid(cut.blocks), 0, stream, log_w, centres, size, N, cut.split.count, cut.share, b.order, excess);
+    launch(correct, grid(tiles_of(N, THREADS)), 0, stream, excess, centres, cut.count, b.groups, S, N, b.order, b.elbo_weight,
+           bound);
+  }
   if (out)
     launch(weights, grid(tiles_of(S * N, THREADS)), 0, stream, log_w, tops, factors, S, N, size, b.order, b.elbo_weight, out);
 }
@@ -65,9 +82,9 @@ template <class Workspace>
 void add_moments(const float* log_w, int64_t S, int64_t N, const double* state, double* out, Workspace& workspace,
                  cudaStream_t stream) {
   if (N == 0) return;
-  double* parts;
-  const int64_t count = moment_parts(log_w, 1, S, N, Order{1.f, 1.f, false}, parts, workspace, stream);
-  launch(merge_moments, grid(tiles_of(N, THREADS)), 0, stream, parts, count, N, state, out);
+  const Parts cut(1, S, N);
+  const double* const parts = moment_parts<double>(cut, log_w, 1, S, N, Order{1.f, 1.f, false}, workspace, stream);
+  launch(merge_moments, grid(tiles_of(N, THREADS)), 0, stream, parts, cut.count, N, state, out);
 }
 
 template <int WIDTH, class Workspace>

@@ -121,9 +121,16 @@ __device__ void merge(const T* parts, int64_t count, int64_t N, const Order& ord
   }
 }
 
-// bound [N], and for the weights the largest log-weight and the factor of each group and data point, [groups, N].
+// Close to the Rényi bound · sign of a group. log(Σ e / size) next to 1 has lost what the division by a small scale shows; the
+// mean is closer where all log-weights are.
+__device__ inline float centre_of(float rough, float top, float mean, float scale) {
+  return scale * (top - mean) < 0x1p-10f ? mean : rough;
+}
+
+// bound [N], and for the weights the largest log-weight and the factor of each group and data point, [groups, N]; with
+// `centres` [groups, N] the bound is to be corrected by the excess over them.
 __global__ void bounds(const float* parts, int64_t count, int64_t groups, int64_t S, int64_t N, Order order, float elbo_weight,
-                       float* bound, float* tops, float* factors) {
+                       float* bound, float* tops, float* factors, float* centres) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (n >= N) return;
   float renyi = 0.f, total = 0.f;
@@ -131,13 +138,45 @@ __global__ void bounds(const float* parts, int64_t count, int64_t groups, int64_
     float m[MOMENTS];
     merge(parts + g * count * MOMENTS * N + n, count, N, order, m);
     total += m[3];
-    renyi += order.sign * (order.extreme ? m[0] + (m[1] - m[1])
-                                         : finite_or_zero(m[0]) + logf(m[1] * (static_cast<float>(groups) / S)) / order.scale);
+    const float inverse_size = static_cast<float>(groups) / S;
+    float value = order.extreme ? m[0] + (m[1] - m[1]) : finite_or_zero(m[0]) + logf(m[1] * inverse_size) / order.scale;
+    if (centres) centres[g * N + n] = value = centre_of(value, m[0], order.sign * m[3] * inverse_size, order.scale);
+    renyi += order.sign * value;
     tops[g * N + n] = m[0];
     factors[g * N + n] = m[1] == 0.f ? 0.f : (1.f - elbo_weight) / (static_cast<float>(groups) * m[1]);
   }
   const float mean = total / S, value = renyi / groups;
   bound[n] = elbo_weight == 0.f ? value : elbo_weight == 1.f ? mean : elbo_weight * mean + (1.f - elbo_weight) * value;
+}
+
+// Parts of Σ exp(scale · (sign · log w − centre)) − 1, [groups, splits · LANES, N]; blocks as those of `moments`.
+__global__ void __launch_bounds__(THREADS) excesses(const float* log_w, const float* centres, int64_t size, int64_t N,
+                                                    int64_t splits, int64_t share, Order order, float* parts) {
+  const int64_t columns = tiles_of(N, COLUMNS), n = blockIdx.x % columns * COLUMNS + threadIdx.x % COLUMNS;
+  if (n >= N) return;
+  const int64_t split = blockIdx.x / columns % splits, group = blockIdx.x / columns / splits;
+  const int64_t begin = split * share + threadIdx.x / COLUMNS;
+  const int64_t end = (split + 1) * share < size ? (split + 1) * share : size;
+  const float centre = centres[group * N + n];
+  float sum = 0.f;
+  for (int64_t s = begin; s < end; s += LANES)
+    sum += expm1f(order.scale * (order.sign * log_w[(group * size + s) * N + n] - centre));
+  parts[((group * splits + split) * LANES + threadIdx.x / COLUMNS) * N + n] = sum;
+}
+
+// Adds to the bound what the excess makes of it.
+__global__ void correct(const float* parts, const float* centres, int64_t count, int64_t groups, int64_t S, int64_t N,
+                        Order order, float elbo_weight, float* bound) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (n >= N) return;
+  float sum = 0.f;
+  for (int64_t g = 0; g < groups; ++g) {
+    float excess = 0.f;
+    for (int64_t i = 0; i < count; ++i) excess += parts[(g * count + i) * N + n];
+    const float centre = centres[g * N + n];
+    if (centre - centre == 0.f) sum += log1pf(excess * (static_cast<float>(groups) / S)) / order.scale;
+  }
+  bound[n] += order.sign * ((1.f - elbo_weight) / groups) * sum;
 }
 
 // Moments of the parts and of `state` together, [MOMENTS, N].

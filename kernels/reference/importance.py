@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+NARROW = 2.0**-10  # |1 − α| · (max − mean) of log-weights below which their mean is closer to the bound than a rough value
 
 
 def log_weights(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor, log_pz: Tensor | None = None) -> Tensor:
@@ -33,7 +34,18 @@ def _renyi(log_w: Tensor, alpha: float) -> Tensor:
     # A column without any weight has bound −inf; 0/0 must not reach its gradient.
     dead = (scaled == -torch.inf).all(1)
     log_sum = scaled.masked_fill(dead[:, None], 0.0).logsumexp(1).masked_fill(dead, -torch.inf)
-    return (log_sum - math.log(log_w.shape[1])) / (1 - alpha)
+    value = (log_sum - math.log(log_w.shape[1])) / (1 - alpha)
+    return value if abs(1 - alpha) >= 1 else _refined(log_w, value, alpha)
+
+
+def _refined(log_w: Tensor, value: Tensor, alpha: float) -> Tensor:
+    """The bound [G,N] from a rough one; the logarithm of a mean next to 1 has lost what the division by 1 − alpha shows."""
+    mean, power = log_w.detach().mean(1), 1 - alpha
+    top = log_w.detach().amax(1) if alpha < 1 else log_w.detach().amin(1)
+    centre = torch.where(power * (top - mean) < NARROW, mean, value.detach())
+    finite = centre.isfinite()
+    deviation = log_w.masked_fill(~finite[:, None], 0.0) - centre.masked_fill(~finite, 0.0)[:, None]
+    return torch.where(finite, centre + torch.log1p(torch.expm1(power * deviation).mean(1)) / power, value)
 
 
 def normalised_weights(log_w: Tensor, alpha: float = 0.0, elbo_weight: float = 0.0, groups: int = 1) -> Tensor:

@@ -58,6 +58,14 @@ def _power(x, top, scale, EXTREME: tl.constexpr):
 
 
 @triton.jit
+def _expm1(t):
+    """exp(t) − 1 to 4 ULP: Taylor's polynomial where the difference would cancel."""
+    near = 1.0 + t * (1 / 5) * (1.0 + t * (1 / 6) * (1.0 + t * (1 / 7) * (1.0 + t * (1 / 8))))
+    near = t * (1.0 + t * (1 / 2) * (1.0 + t * (1 / 3) * (1.0 + t * (1 / 4) * near)))
+    return tl.where(tl.abs(t) < 0.5, near, tl.exp(t) - 1.0)
+
+
+@triton.jit
 def _moments(log_w, tops, sums, squares, totals, S, N, share, sign, scale, EXTREME: tl.constexpr, DTYPE: tl.constexpr,
              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of samples [split · share, (split + 1) · share), a column a data point: the largest sign · log w, Σ e, Σ e², Σ log w."""
@@ -86,6 +94,22 @@ def _moments(log_w, tops, sums, squares, totals, S, N, share, sign, scale, EXTRE
     tl.store(sums + at, sum_, mask=n < N)
     tl.store(squares + at, square, mask=n < N)
     tl.store(totals + at, total, mask=n < N)
+
+
+@triton.jit
+def _excess(log_w, centres, sums, S, N, share, sign, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of samples [split · share, (split + 1) · share): Σ exp(scale · (sign · log w − centre)) − 1."""
+    n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1).to(tl.int64)
+    end = tl.minimum(split * share + share, S)
+    centre = tl.load(centres + n, mask=n < N, other=0.0)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for s0 in range(split * share, end, ROWS):
+        s = s0 + tl.arange(0, ROWS)
+        inside = (s < end)[:, None] & (n < N)[None, :]
+        x = tl.load(log_w + s[:, None] * N + n[None, :], mask=inside, other=0.0)
+        total += tl.sum(tl.where(inside, _expm1(scale * (sign * x - centre[None, :])), 0.0), 0)
+    tl.store(sums + split * N + n, total, mask=n < N)
 
 
 @triton.jit
@@ -194,7 +218,10 @@ def importance_fwd(z: Tensor | None, mu: Tensor | None, log_var: Tensor | None, 
         x = log_px if z is None else log_w
         sign, scale = -1.0 if alpha > 1 else 1.0, abs(1 - alpha)
         moments = torch.stack([_reduce(part, sign, scale, torch.float32) for part in x.split(S // groups)], 1)
-        bound = _bound(moments, S, sign, scale, elbo_weight)
+        renyi = _renyi(moments, S, sign, scale)
+        if scale < 1 and elbo_weight != 1:
+            renyi = _refined(renyi, x, moments, sign, scale)
+        bound = _bound(renyi, moments, S, elbo_weight)
         if not need_weights:
             return bound, log_w, log_px.new_empty(0, 0)
         return bound, log_w, _all_weights(x, moments, sign, scale, elbo_weight)
@@ -212,16 +239,39 @@ def _all_log_weights(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor, log
     return log_w
 
 
-def _bound(moments: Tensor, S: int, sign: float, scale: float, elbo_weight: float) -> Tensor:
-    """moments [4, groups, N] -> bound [N]."""
-    top, total, _, log_sum = moments
+def _renyi(moments: Tensor, S: int, sign: float, scale: float) -> Tensor:
+    """moments [4, groups, N] -> Rényi bounds [groups, N]."""
+    top, total, _, _ = moments
     if math.isinf(scale):
-        renyi = sign * top + (total - total)
-    else:
-        renyi = sign * (top.masked_fill(top.isinf(), 0.0) + (total * (len(top) / S)).log() / scale)
+        return sign * top + (total - total)
+    return sign * (top.masked_fill(top.isinf(), 0.0) + (total * (len(top) / S)).log() / scale)
+
+
+def _refined(renyi: Tensor, log_w: Tensor, moments: Tensor, sign: float, scale: float) -> Tensor:
+    """Rényi bounds [groups, N] from rough ones: log(Σ e / size) next to 1 has lost what the division by a small scale shows.
+
+    The mean is closer to the bound where all log-weights are.
+    """
+    (groups, N), S = renyi.shape, len(log_w)
+    size = S // groups
+    mean = moments[3] * (groups / S)
+    centres = torch.where(scale * (moments[0] - sign * mean) < 2.0**-10, mean, renyi)
+    columns = triton.cdiv(N, COLUMNS)
+    splits, share = _split(size, 4 * ROWS, columns)
+    sums = log_w.new_empty(groups, splits, N)
+    if N:
+        for part, centre, out in zip(log_w.split(size), sign * centres, sums, strict=True):
+            _excess[(columns, splits)](part, centre, out, size, N, share, sign, scale, ROWS=ROWS, COLUMNS=COLUMNS,
+                                       num_warps=NUM_WARPS)
+    correction = torch.log1p(sums.sum(1) * (groups / S)) * (sign / scale)
+    return torch.where(centres.isfinite(), centres + correction, renyi)
+
+
+def _bound(renyi: Tensor, moments: Tensor, S: int, elbo_weight: float) -> Tensor:
+    """Rényi bounds [groups, N] and moments [4, groups, N] -> bound [N]."""
     if elbo_weight == 0:
         return renyi.mean(0)
-    elbo = log_sum.sum(0) / S
+    elbo = moments[3].sum(0) / S
     return elbo if elbo_weight == 1 else elbo_weight * elbo + (1 - elbo_weight) * renyi.mean(0)
 
 

@@ -24,4 +24,6 @@ for extreme, dtype in ((False, "fp32"), (True, "fp32"), (False, "fp64")):
     results[f"_moments {extreme} {dtype}"] = spilled_bytes(importance._moments, constants, types, set(), importance.NUM_WARPS)
     if dtype == "fp32":
         results[f"_weights {extreme}"] = spilled_bytes(importance._weights, constants, types, set(), importance.NUM_WARPS)
+results["_excess"] = spilled_bytes(importance._excess, {"ROWS": importance.ROWS, "COLUMNS": importance.COLUMNS}, TYPES, set(),
+                                   importance.NUM_WARPS)
 print(json.dumps(results))

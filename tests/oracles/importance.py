@@ -55,11 +55,15 @@ def _renyi(x: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     if math.isinf(alpha):
         best = x.max(0) if alpha < 0 else x.min(0)
         return best, (x == best) / (x == best).sum(0).astype(x.dtype)
-    y = (1 - np.longdouble(alpha)) * x
+    power = 1 - np.longdouble(alpha)
+    y = power * x
     top = y.max(0)
     e = np.exp(y - np.where(top == -np.inf, 0, top))
-    with np.errstate(divide="ignore"):
-        return (top + np.log(e.mean(0))) / (1 - np.longdouble(alpha)), e / np.where(top == -np.inf, 1, e.sum(0))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        mean, bound = x.mean(0), (top + np.log(e.mean(0))) / power
+        # the logarithm loses eps / power, which matters where all weights are nearly one
+        close = np.where(top - y.mean(0) < 1, np.log1p(np.expm1(power * (x - mean)).mean(0)) / power + mean, bound)
+        return close, e / np.where(top == -np.inf, 1, e.sum(0))
 
 
 def pareto_k(log_w: np.ndarray) -> float:
