@@ -93,8 +93,9 @@ def discretized_logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor, *,
             `gaussian_log_prob`.
         mask, event_dims, backend, returns and errors: as in `bernoulli_log_prob`.
 
-    Differentiable, twice, in mean and log_scale; x is data and gets no gradient. Values between levels are taken as bins
-    of width 2/255 around them; values outside [−1, 1] are not looked for.
+    Differentiable, twice, in mean and log_scale; x is data and gets no gradient: one that requires it is a ValueError. A
+    value between two levels stands for the bin of width 2/255 around it, one nearer to −1 or 1 than to the next level for
+    the open edge bin, as in `logistic_mixture_log_prob`; values outside [−1, 1] are not looked for.
 
     >>> x = torch.tensor([[-1.0, 1.0]])
     >>> discretized_logistic_log_prob(x, torch.zeros(1, 2), torch.tensor(0.0))
@@ -116,9 +117,9 @@ def negative_binomial_log_prob(x: Tensor, mean: Tensor, log_dispersion: Tensor, 
             the Poisson distribution.
         mask, event_dims, backend, returns and errors: as in `bernoulli_log_prob`.
 
-    Differentiable, twice, in mean and log_dispersion; x is data and gets no gradient. Accurate for large counts and large r,
-    where log-Gamma functions cancel: in float32 at x = μ = 10⁵ off by 4e-7 nats, the formula in log-Gammas by 0.05. Negative
-    counts are not looked for.
+    Differentiable, twice, in mean and log_dispersion; x is data and gets no gradient: one that requires it is a ValueError.
+    Accurate for large counts and large r, where log-Gamma functions cancel: in float32 at x = μ = 10⁵ off by 4e-7 nats, the
+    formula in log-Gammas by 0.05. Negative counts are not looked for.
 
     >>> negative_binomial_log_prob(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor(0.0))
     tensor(-3.4657)
@@ -161,7 +162,9 @@ def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, m
 def _data(op: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, given {type(x).__name__}.")
-    return x.detach()
+    if x.requires_grad:
+        raise ValueError(f"{op}: x is data and gets no gradient, but it requires one; pass x.detach().")
+    return x
 
 
 def _log_prob(kind: int, tensors: dict[str, Tensor], mask: Tensor | None, event_dims: int, backend: str | None) -> Tensor:

@@ -12,6 +12,7 @@ from latent_engine.kernels import (
     bernoulli_log_prob,
     discretized_logistic_log_prob,
     gaussian_log_prob,
+    logistic_mixture_log_prob,
     native,
     negative_binomial_log_prob,
 )
@@ -40,13 +41,13 @@ def draw(kind: int, S: int, N: int, P: int, dtype: torch.dtype = torch.float32, 
 
 
 def run(kind: int, inputs: list[Tensor], grad: Tensor | None, **options) -> list[Tensor]:
-    """Sum of the log-densities and the gradients of all inputs that have one."""
-    leaves = [t.detach().requires_grad_() for t in inputs]
+    """Sum of the log-densities and the gradients of all inputs, zeros for data."""
+    leaves = [t.detach().requires_grad_(kind < 2 or i > 0) for i, t in enumerate(inputs)]
     value = OPS[kind](*leaves, **options)
     if grad is None:
         return [value.detach()]
-    grads = torch.autograd.grad(value, leaves, grad, allow_unused=True)
-    return [value.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True))]
+    grads = iter(torch.autograd.grad(value, [t for t in leaves if t.requires_grad], grad))
+    return [value.detach(), *(next(grads) if t.requires_grad else torch.zeros_like(t) for t in leaves)]
 
 
 def check(kind: int, inputs: list[Tensor], backend: str, mask: Tensor | None = None, **options) -> None:
@@ -220,6 +221,32 @@ def test_extreme_counts(implementation):
     zero = negative_binomial_log_prob(torch.tensor([[0.0], [2.0]], device=device), torch.zeros(2, 1, device=device),
                                       torch.tensor(0.0, device=device), backend=backend)
     assert zero.tolist() == [0.0, -torch.inf]
+
+
+@pytest.mark.parametrize("log_r", [-60.0, -70.0, -75.0, -80.0])
+def test_extreme_dispersions(implementation, log_r):
+    """Where x² / r overflows, and at x = 0 r / μ underflows."""
+    backend, device = implementation
+    x = torch.tensor([1.0, 3.0, 1e3, 1e5, 1e7], device=device)
+    inputs, grad = [x, torch.ones_like(x), torch.full_like(x, log_r)], torch.ones((), device=device)
+    for name, a, e, s in zip(("value", *NAMES), run(3, inputs, grad, backend=backend), *oracle.exact(3, inputs, None, grad),
+                             strict=True):
+        assert_within_budget(name, a, torch.from_numpy(np.asarray(e, np.float32)), e, s)
+    inputs = [torch.zeros(1, device=device), torch.tensor([1e20], device=device), torch.tensor([log_r], device=device)]
+    for a, e in zip(run(3, inputs, grad, backend=backend), oracle.exact(3, inputs, None, grad)[0], strict=True):
+        np.testing.assert_allclose(a.double().cpu(), e.astype(float), rtol=0, atol=100 * np.exp(log_r))
+
+
+def test_values_between_levels_are_those_of_a_mixture_of_one(implementation):
+    """Bins around them, the open ones nearer to −1 or 1 than to the next level."""
+    backend, device = implementation
+    x = torch.cat((torch.linspace(-1, 1, 511), torch.tensor([-0.999, -0.997, -0.9955, 0.9955, 0.997, 0.999]))).to(device)
+    x = x[(x.abs() - 254 / 255).abs() > 1e-6]
+    mean, log_scale = 0.9 * torch.linspace(-1, 1, len(x), device=device).roll(7), torch.full_like(x, -2.5)
+    params = torch.stack((torch.zeros_like(x), mean, log_scale), 1)[..., None, None]
+    expected = logistic_mixture_log_prob(x[:, None, None, None], params, backend=backend)
+    found = discretized_logistic_log_prob(x, mean, log_scale, event_dims=0, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @KINDS

@@ -131,6 +131,12 @@ def test_mistakes_get_one_clear_error(args, options, error, message):
         bernoulli_log_prob(*args, **options)
 
 
+@pytest.mark.parametrize("op", OPS[2:], ids=lambda op: op.__name__)
+def test_data_that_requires_a_gradient(op):
+    with pytest.raises(ValueError, match=r"x is data and gets no gradient, but it requires one; pass x.detach\(\)"):
+        op(X.clone().requires_grad_(), L, torch.zeros(()))
+
+
 @pytest.mark.parametrize("op", OPS[1:], ids=lambda op: op.__name__)
 def test_second_parameter_that_does_not_fit(op):
     with pytest.raises(ValueError, match=r"must broadcast against x and mean, whose shape is \[2, 3, 4\], given \[3\]"):

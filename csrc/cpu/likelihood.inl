@@ -82,43 +82,48 @@ static void likelihood_derive_all(const LikelihoodInputs<T>& in) {
   likelihood_derive<L, T, gradient>(in.b.data, in.b.step, in.P, in.derived, in.derived_size);
 }
 
-// The rows of a task, and the scratch memory they need. A block of features serves all samples of a data point before the
-// next one: what they share, x as a rule, stays in the L1 cache, and its mask and parameters are prepared once.
+// The rows of a task, one after the other as they lie in memory, and the scratch memory they need.
 template <class L, class T, bool gradient>
 class LikelihoodTask {
   using Int = typename Simd<T>::Int;
 
  public:
-  LikelihoodTask(const LikelihoodInputs<T>& in, const LikelihoodGrid& grid, int64_t task, int64_t scratch_size)
+  LikelihoodTask(const LikelihoodInputs<T>& in, const LikelihoodGrid& grid, int64_t task)
       : s_chunk(task % grid.s_chunks), n_chunk(task / grid.s_chunks), s_first(in.S * s_chunk / grid.s_chunks),
         s_last(in.S * (s_chunk + 1) / grid.s_chunks), n_first(in.N * n_chunk / grid.n_chunks),
         n_last(in.N * (n_chunk + 1) / grid.n_chunks), in_(in),
-        arena_(Scratch::task, L::derived * kBlock<T>, kBlock<T>, 2 * kGroup<T>, scratch_size),
+        arena_(Scratch::task, L::derived * kBlock<T>, kBlock<T>, 2 * kGroup<T>, 3 * kBlock<T>),
         derived_(arena_.take(L::derived * kBlock<T>)), observed_((Int*)arena_.take(kBlock<T>)),
-        tail_(arena_.take(2 * kGroup<T>)), scratch(arena_.take(scratch_size)) {}
+        tail_(arena_.take(2 * kGroup<T>)), scratch(arena_.take(3 * kBlock<T>)) {}
 
-  // Calls f(s, p, block, whole, tail, rest) for each block of features, which begins at p, of all rows (s, n) of data point n:
-  // `whole` features are whole groups, the `rest` is the group `tail`, of which only that many are observed.
+  // Calls f(s, n).
   template <class F>
-  void for_each_block(int64_t n, const F& f) {
+  void for_each_row(const F& f) {
+    for (int64_t s = s_first; s < s_last; ++s)
+      for (int64_t n = n_first; n < n_last; ++n) f(s, n);
+  }
+
+  // Calls f(p, block, whole, tail, rest) for each block of row (s, n), which begins at feature p: `whole` features are whole
+  // groups, the `rest` is the group `tail`, of which only that many are observed.
+  template <class F>
+  void for_each_block(int64_t s, int64_t n, const F& f) {
+    const T *x = in_.x.at(s, n, 0), *a = in_.a.at(s, n, 0);
     for (int64_t p = 0; p < in_.P; p += kBlock<T>) {
       const int64_t size = std::min(kBlock<T>, in_.P - p), whole = size / kGroup<T> * kGroup<T>, rest = size - whole;
-      for (int64_t s = s_first; s < s_last; ++s) {
-        LikelihoodBlock<T> block{in_.x.at(s, n, p), in_.a.at(s, n, p), nullptr, 0, 0, nullptr, {}};
-        derive(s, n, p, size, block);
-        if (in_.mask.data) observe(s, n, p, size);
-        if (in_.mask.data) block.observed = observed_;
-        LikelihoodBlock<T> tail = block;
-        if (rest) {
-          std::copy_n(block.x + whole, rest, tail_);
-          std::copy_n(block.a + whole, rest, tail_ + kGroup<T>);
-          if (!in_.mask.data)
-            for (int64_t i = 0; i < kGroup<T>; ++i) observed_[whole + i] = i < rest ? -1 : 0;
-          tail.x = tail_, tail.a = tail_ + kGroup<T>, tail.observed = observed_ + whole;
-          if (tail.d_step) tail.d += whole;
-        }
-        f(s, p, block, whole, tail, rest);
+      LikelihoodBlock<T> block{x + p, a + p, nullptr, 0, 0, nullptr, {}};
+      derive(s, n, p, size, block);
+      if (in_.mask.data) observe(in_.mask.at(s, n, p), size);
+      if (in_.mask.data) block.observed = observed_;
+      LikelihoodBlock<T> tail = block;
+      if (rest) {
+        std::copy_n(x + p + whole, rest, tail_);
+        std::copy_n(a + p + whole, rest, tail_ + kGroup<T>);
+        if (!in_.mask.data)
+          for (int64_t i = 0; i < kGroup<T>; ++i) observed_[whole + i] = i < rest ? -1 : 0;
+        tail.x = tail_, tail.a = tail_ + kGroup<T>, tail.observed = observed_ + whole;
+        if (tail.d_step) tail.d += whole;
       }
+      f(p, block, whole, tail, rest);
     }
   }
 
@@ -132,14 +137,11 @@ class LikelihoodTask {
       block.d = in_.derived + p * in_.b.step, block.d_stride = in_.derived_size;
     } else {
       block.d = derived_, block.d_stride = kBlock<T>;
-      if (s == s_first || in_.b.strides[0])
-        likelihood_derive<L, T, gradient>(in_.b.at(s, n, p), in_.b.step, size, derived_, kBlock<T>);
+      if (in_.b.step || p == 0) likelihood_derive<L, T, gradient>(in_.b.at(s, n, p), in_.b.step, size, derived_, kBlock<T>);
     }
   }
 
-  void observe(int64_t s, int64_t n, int64_t p, int64_t size) {
-    if (s > s_first && in_.mask.strides[0] == 0) return;
-    const bool* const mask = in_.mask.at(s, n, p);
+  void observe(const bool* mask, int64_t size) {
     const int64_t step = in_.mask.step, padded = round_up(size, kGroup<T>);
     for (int64_t i = 0; i < size; ++i) observed_[i] = -Int(mask[i * step]);
     std::fill(observed_ + size, observed_ + padded, 0);
@@ -152,39 +154,37 @@ class LikelihoodTask {
   T* tail_;
 
  public:
-  T* const scratch;  // for the caller
+  T* const scratch;  // [3][kBlock], for the caller
 };
 
 template <class L, class T>
 static void likelihood_forward(const LikelihoodForward<T>& p, int64_t task) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
-  const int64_t most = p.inputs.S / p.grid.s_chunks + 1;
-  LikelihoodTask<L, T, false> rows(p.inputs, p.grid, task, most * sizeof(double) / sizeof(T));
-  double* const log_probs = (double*)rows.scratch;
-  for (int64_t n = rows.n_first; n < rows.n_last; ++n) {
-    std::fill_n(log_probs, most, 0.0);
-    rows.for_each_block(n, [&](int64_t s, int64_t, const LikelihoodBlock<T>& block, int64_t whole,
-                               const LikelihoodBlock<T>& tail, int64_t rest) {
+  LikelihoodTask<L, T, false> rows(p.inputs, p.grid, task);
+  rows.for_each_row([&](int64_t s, int64_t n) {
+    double log_prob = 0;
+    rows.for_each_block(s, n, [&](int64_t, const LikelihoodBlock<T>& block, int64_t whole, const LikelihoodBlock<T>& tail,
+                                  int64_t rest) {
       typename L::template Sum<T> sums[registers];
       (block.observed ? likelihood_sum<L, T, true> : likelihood_sum<L, T, false>)(block, whole, sums);
       if (rest) likelihood_sum<L, T, true>(tail, kGroup<T>, sums);
       Vec<T> totals[registers];
       for (int r = 0; r < registers; ++r) totals[r] = sums[r].total();
-      log_probs[s - rows.s_first] += sum_lanes<T>(totals);
+      log_prob += sum_lanes<T>(totals);
     });
-    for (int64_t s = rows.s_first; s < rows.s_last; ++s) p.log_prob[s * p.inputs.N + n] = T(log_probs[s - rows.s_first]);
-  }
+    p.log_prob[s * p.inputs.N + n] = T(log_prob);
+  });
 }
 
 template <class L, class T, LikelihoodDb use>
 static void likelihood_gradients(const LikelihoodBackward<T>& p, int64_t task) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   const int64_t N = p.inputs.N, P = p.inputs.P;
-  LikelihoodTask<L, T, true> rows(p.inputs, p.grid, task, 3 * kBlock<T>);
-  for (int64_t n = rows.n_first; n < rows.n_last; ++n)
-    rows.for_each_block(n, [&](int64_t s, int64_t first, LikelihoodBlock<T> block, int64_t whole, LikelihoodBlock<T> tail,
-                               int64_t rest) {
-      const T g = p.grad[s * p.grad_strides[0] + n * p.grad_strides[1]];
+  LikelihoodTask<L, T, true> rows(p.inputs, p.grid, task);
+  rows.for_each_row([&](int64_t s, int64_t n) {
+    const T g = p.grad[s * p.grad_strides[0] + n * p.grad_strides[1]];
+    rows.for_each_block(s, n, [&](int64_t first, LikelihoodBlock<T> block, int64_t whole, LikelihoodBlock<T> tail,
+                                  int64_t rest) {
       for (int k = 0; k < 3; ++k) {
         const LikelihoodGradient<T>& to = p.gradients[k];
         if (!to.needed() || !to.per_p) continue;
@@ -212,6 +212,7 @@ static void likelihood_gradients(const LikelihoodBackward<T>& p, int64_t task) {
         }
       }
     });
+  });
 }
 
 template <class L, class T>

@@ -79,7 +79,7 @@ struct Gaussian {
 struct DiscretizedLogistic {
   static constexpr int derived = 2;  // 1/s and log(1 − e^−w), for the gradient w / (e^w − 1), with w the width of a bin
 
-  static constexpr double half_bin = 1.0 / 255, edge = 0.999;
+  static constexpr double half_bin = 1.0 / 255, edge = 1 - half_bin;
 
   template <class T, bool gradient>
   static void derive(Vec<T> log_scale, Vec<T>* d) {
@@ -123,18 +123,26 @@ struct DiscretizedLogistic {
     const Vec<T> upper = keep<T, true>(~above, (plus > T(0) ? e_plus : one) / (T(1) + e_plus));
     const Vec<T> lower = keep<T, true>(~below, (minus > T(0) ? one : e_minus) / (T(1) + e_minus));
     const Vec<T> width = keep<T, true>(~above & ~below, d[1]);
-    return {Vec<T>{}, g * (d[0] * (lower - upper)), g * (minus * lower - plus * upper - width)};
+    return {Vec<T>{}, g * (d[0] * (lower - upper)), g * (minus * lower - width - plus * upper)};
   }
 };
 
 struct NegativeBinomial {
-  static constexpr int derived = 3;  // r, 1/r, and −Δ(r) − ½ log 2π, for the gradient κ(r)
+  // (x + r) / (μ + r) underflows at x = 0 and r ≪ μ, where r log of it still vanishes.
+  template <class T>
+  static Vec<T> normal(Vec<T> ratio) {
+    return maximum<T>(broadcast(sizeof(T) == 4 ? T(1.1754943508222875e-38) : T(2.2250738585072014e-308)), ratio);
+  }
+
+  static constexpr int derived = 3;  // r, 1/max(r, 1), and ½ log min(r, 1) − Δ(r) − ½ log 2π, for the gradient κ(r)
 
   template <class T, bool gradient>
   static void derive(Vec<T> log_dispersion, Vec<T>* d) {
     d[0] = exp<T>(log_dispersion);
-    d[1] = exp<T>(-log_dispersion);
-    d[2] = gradient ? digamma_remainder<T>(d[0]) : T(-0.9189385332046727) - log_gamma_remainder<T>(d[0]);
+    const Vec<T> above = maximum<T>(log_dispersion, Vec<T>{});  // log max(r, 1)
+    d[1] = exp<T>(-above);
+    d[2] = gradient ? digamma_remainder<T>(d[0])
+                    : T(0.5) * (log_dispersion - above) - (log_gamma_remainder<T>(d[0]) + T(0.9189385332046727));
   }
 
   template <class T>
@@ -145,11 +153,12 @@ struct NegativeBinomial {
     void add(Vec<T> x, Vec<T> mean, const Vec<T>* d, IntVec<T> observed) {
       const Vec<T> r = d[0], inverse = T(1) / (mean + r);
       const Vec<T> count = x > T(0) ? x : broadcast(T(1)), per_count = T(1) / count;
-      const Vec<T> u = (x - mean) * inverse, ratio = (x + r) * inverse;
+      const Vec<T> below = r < T(1) ? r : broadcast(T(1));
+      const Vec<T> u = (x - mean) * inverse, ratio = normal<T>((x + r) * inverse);
       const Vec<T> common = r * log_minus_excess<T>(ratio, u);
       const Vec<T> own = count * log_minus_excess<T>(mean * per_count * ratio, -r * u * per_count);
       const Vec<T> gammas = d[2] + log_gamma_remainder<T>(count + r) - log_gamma_remainder<T>(count) -
-                            T(0.5) * log<T>(count * (T(1) + count * d[1]));
+                            T(0.5) * log<T>(count * (below + count * d[1]));  // count²/r may overflow
       sum += keep<T, masked>(observed, common + (x > T(0) ? own + gammas : r * u));
     }
     Vec<T> total() const { return sum; }
@@ -161,6 +170,6 @@ struct NegativeBinomial {
     const Vec<T> u = (x - mean) * inverse, zero{};
     const Vec<T> dmean = x > T(0) ? r * u / mean : -r * inverse;
     const Vec<T> gammas = T(0.5) * x / sum + r * (d[2] - digamma_remainder<T>(x > T(0) ? sum : r));
-    return {Vec<T>{}, g * dmean, g * (r * log_minus_excess<T>(sum * inverse, u) + (x > T(0) ? gammas : zero))};
+    return {Vec<T>{}, g * dmean, g * (r * log_minus_excess<T>(normal<T>(sum * inverse), u) + (x > T(0) ? gammas : zero))};
   }
 };

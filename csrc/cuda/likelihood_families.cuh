@@ -71,7 +71,7 @@ struct Gaussian {
 };
 
 struct DiscretizedLogistic {
-  static constexpr float half_bin = 1.f / 255.f, edge = 0.999f;
+  static constexpr float half_bin = 1.f / 255.f, edge = 1.f - half_bin;
 
   struct Sum {
     float sum = 0.f;
@@ -103,7 +103,7 @@ struct NegativeBinomial {
     float sum = 0.f;
 
     __device__ void add(Entry v) {
-      const float r = expf(v.b), u = (v.x - v.a) / (v.a + r), ratio = (v.x + r) / (v.a + r);
+      const float r = expf(v.b), u = (v.x - v.a) / (v.a + r), ratio = normal((v.x + r) / (v.a + r));
       sum += r * log_minus_excess(ratio, u);
       if (!(v.x > 0.f)) {
         sum += r * u;
@@ -111,20 +111,24 @@ struct NegativeBinomial {
       }
       sum += v.x * log_minus_excess(v.a / v.x * ratio, -r * u / v.x);
       sum += log_gamma_remainder(v.x + r) - log_gamma_remainder(r) - log_gamma_remainder(v.x) -
-             0.5f * (1.8378770664f + logf(v.x * (1.f + v.x / r)));
+             0.5f * (1.8378770664f - fminf(v.b, 0.f));
+      sum -= 0.5f * logf(v.x * (fminf(r, 1.f) + v.x / fmaxf(r, 1.f)));  // x²/r may overflow
     }
     __device__ float total() const { return sum; }
   };
 
   __device__ static Gradients gradients(Entry v, float g) {
     const float r = expf(v.b), u = (v.x - v.a) / (v.a + r), sum = v.x + r;
-    const float common = r * log_minus_excess(sum / (v.a + r), u);
+    const float common = r * log_minus_excess(normal(sum / (v.a + r)), u);
     if (!(v.x > 0.f)) return {0.f, g * (-r / (v.a + r)), g * common};
     return {0.f, g * (r * u / v.a),
             g * (common + 0.5f * v.x / sum + r * (digamma_remainder(r) - digamma_remainder(sum)))};
   }
 
  private:
+  // (x + r) / (μ + r) underflows at x = 0 and r ≪ μ, where r log of it still vanishes.
+  __device__ static float normal(float ratio) { return fmaxf(ratio, 1.17549435e-38f); }
+
   // log(ratio) − excess with ratio = 1 + excess; near 1 by the series of 2 atanh(s) − 2 s, s = u / (2 + u), u − 2 s = u s.
   __device__ static float log_minus_excess(float ratio, float excess) {
     if (!(fabsf(excess) < 0.28f)) return logf(ratio) - excess;

@@ -21,7 +21,7 @@ def discretized_logistic(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     plus, minus = (inverse * (x - mean + half_bin) for half_bin in (1 / 255, -1 / 255))
     inside = torch.log(-torch.expm1(-2 / 255 * inverse))
     lower, upper = F.logsigmoid(plus), F.logsigmoid(-minus)
-    return torch.where(x < -0.999, lower, torch.where(x > 0.999, upper, lower + upper + inside))
+    return torch.where(x < -254 / 255, lower, torch.where(x > 254 / 255, upper, lower + upper + inside))
 
 
 def negative_binomial(x: Tensor, mean: Tensor, log_dispersion: Tensor) -> Tensor:

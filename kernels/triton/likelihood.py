@@ -15,7 +15,7 @@ BLOCK = 1024  # features a block
 ROWS = 64  # rows whose gradients are summed before they join the float64 sum
 NUM_WARPS = 4
 
-HALF_BIN, EDGE, LOG_BIN = tl.constexpr(1 / 255), tl.constexpr(0.999), tl.constexpr(-4.848116364598481)  # log(2 / 255)
+HALF_BIN, EDGE, LOG_BIN = tl.constexpr(1 / 255), tl.constexpr(254 / 255), tl.constexpr(-4.848116364598481)  # log(2 / 255)
 LOG_2PI = tl.constexpr(1.8378770664093453)
 NONE, FULL, BY_FEATURE, ONE = (tl.constexpr(i) for i in range(4))  # what becomes of a gradient
 
@@ -78,6 +78,12 @@ def _log_minus_excess(ratio, excess):
 
 
 @triton.jit
+def _normal(ratio):
+    """(x + r) / (μ + r) underflows at x = 0 and r ≪ μ, where r log of it still vanishes."""
+    return tl.maximum(ratio, 1.1754943508222875e-38)
+
+
+@triton.jit
 def _log_gamma_remainder(z):
     small = z < 1
     t = 1 / tl.where(small, z + 1, z)
@@ -134,10 +140,11 @@ def _log_density(x, a, b, KIND: tl.constexpr):
     else:
         r, positive = tl.exp(b), x > 0
         count = tl.where(positive, x, 1.0)
-        u, ratio = (x - a) / (a + r), (x + r) / (a + r)
+        u, ratio = (x - a) / (a + r), _normal((x + r) / (a + r))
         own = count * _log_minus_excess(a / count * ratio, -r * u / count)
         gammas = (_log_gamma_remainder(count + r) - _log_gamma_remainder(r) - _log_gamma_remainder(count)
-                  - 0.5 * (LOG_2PI + _log(count * (1 + count / r))))
+                  - 0.5 * (LOG_2PI - tl.minimum(b, 0.0)
+                           + _log(count * (tl.minimum(r, 1.0) + count / tl.maximum(r, 1.0)))))  # count² / r may overflow
         return r * _log_minus_excess(ratio, u) + tl.where(positive, own + gammas, r * u)
 
 
@@ -166,7 +173,7 @@ def _gradients(x, a, b, KIND: tl.constexpr):
         u = (x - a) / (a + r)
         d_mean = tl.where(positive, r * u / a, -r / (a + r))
         gammas = 0.5 * x / s + r * (_digamma_remainder(r) - _digamma_remainder(s))
-        return x, d_mean, r * _log_minus_excess(s / (a + r), u) + tl.where(positive, gammas, 0.0)
+        return x, d_mean, r * _log_minus_excess(_normal(s / (a + r)), u) + tl.where(positive, gammas, 0.0)
 
 
 @triton.jit

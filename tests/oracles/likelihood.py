@@ -28,7 +28,7 @@ def gaussian(x, m, v):
 def discretized_logistic(x, m, log_s):
     s = np.exp(log_s)
     upper, lower = (x - m + np.longdouble(1) / 255) / s, (x - m - np.longdouble(1) / 255) / s
-    first, last = x < -0.999, x > 0.999
+    first, last = x < -1 + np.longdouble(1) / 255, x > 1 - np.longdouble(1) / 255
     softplus = lambda y: np.maximum(y, 0) + np.log1p(np.exp(-np.abs(y)))  # noqa: E731
     sigmoid = lambda y: np.exp(-softplus(-y))  # noqa: E731
     w = upper - lower
@@ -54,7 +54,7 @@ def negative_binomial(x, mean, log_r, exact=False):
     with np.errstate(divide="ignore", invalid="ignore"):
         log_mean = np.where(x > 0, x * (np.log(mean) - np.log(mean + r)), 0)
         value = gammas - r * np.log1p(mean / r) + log_mean
-        dmean = np.where(x > 0, x / mean, 0) - (x + r) / (mean + r)
+        dmean = np.where(x > 0, r * (x - mean) / (mean * (mean + r)), -r / (mean + r))  # x / μ − (x + r) / (μ + r)
     dlog_r = r * (digammas - np.log1p(mean / r) - (x - mean) / (mean + r))
     size = np.abs(value) + np.abs(x - mean) + 1
     return ((value, np.zeros_like(value), dmean, dlog_r),
