@@ -64,6 +64,7 @@ class Result:
 
 def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Ceilings, compiled: bool) -> Result:
     """Checks every peer's values against float64, then times those that passed."""
+    torch._dynamo.reset()  # after eight compilations of a formula the ninth would run uncompiled
     bound, limit = ceilings.bound(suite.work(case, backward))
     sizes = dict(zip(suite.sizes, suite.cases[case], strict=True))
     result = Result(suite.op.__name__, case, sizes, backward, bound, limit)
@@ -91,12 +92,8 @@ def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Cei
 def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result) -> dict[str, Callable]:
     """Builders `(tensors, backward) -> call` by name; what cannot run is noted in `result.skipped`."""
     peers = {OURS: _ours(suite)}
-    too_big = suite.plain_bytes(case) > TOO_BIG
     for name, formula in suite.formulas.items():
-        if formula is suite.plain and too_big:
-            result.skipped[name] = "too big"
-        else:
-            peers[name] = _builder(suite, formula)
+        peers[name] = _builder(suite, formula)
         if compiled:
             peers[f"compiled {name}"] = _builder(suite, torch.compile(formula, dynamic=False))
     if suite.keops and result.sizes["D"] > KEOPS_DIMENSIONS:
@@ -110,6 +107,10 @@ def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result)
             peers[name] = peer()
         else:
             result.skipped[name] = "not installed" if device == "cpu" else "CPU only"
+    if suite.plain_bytes(case) > TOO_BIG:  # compilers fuse the forward pass, but keep the intermediates for the other
+        for name in [name for name in peers if name == "plain" or (result.backward and name.endswith(" plain"))]:
+            del peers[name]
+            result.skipped[name] = "too big"
     return peers
 
 

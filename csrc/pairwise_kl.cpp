@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
+constexpr int64_t kGramGroups = 4;  // groups of 4 rows of a Gram matrix that one reading of the features serves
 
 template <class T>
 const PairwiseKlKernels<T>& ops() {
@@ -146,7 +147,13 @@ double gram_deviation(const Posteriors<T>& batch, const T* centre, bool need_gra
   sums(p.b, nullptr, p.b_mean);
   const double r = mean_of(p.r, N), c = mean_of(p.c, N), all = ops<T>().gram_total(p, r, c);
   in_parts(N, 4 * width, [&](int64_t first, int64_t last) { ops<T>().gram_centre(p, r, c, first, last); });
-  in_parts(width / 4, 8 * N * width, [&](int64_t first, int64_t last) { ops<T>().gram_products(p, first, last); });
+  const int64_t parts = ceil_div(width, 4 * kGramGroups);
+  in_parts(parts, 8 * kGramGroups * N * width, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t part = i % 2 ? parts - 1 - i / 2 : i / 2;  // in turn of those that have the longest and shortest rows
+      ops<T>().gram_products(p, kGramGroups * part, std::min(width / 4, kGramGroups * (part + 1)));
+    }
+  });
   const double pairs = static_cast<double>(N) * (N - 1);
   const auto square = [&](const double* x) { return std::inner_product(x, x + N, x, 0.0); };
   const double squares = square(p.row) + square(p.column);
