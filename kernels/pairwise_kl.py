@@ -93,7 +93,7 @@ def pairwise_kl_diversity(mu: Tensor, log_var: Tensor, *, form: str = "paper", g
 
     Returns:
         `[]`, in nats. float64 inputs give float64; float32, and bfloat16 and float16, give float32, as does everything
-        under autocast.
+        under autocast. Pairs whose exp(−KL_d) is below the smallest normal number may count as 0.
 
     Differentiable, twice, in mu and log_var (once with `group`). Time O(N²·D) for "paper", O(N·D) for "code"; extra memory
     of the order of the inputs. The same inputs give the same bits, at any number of threads.

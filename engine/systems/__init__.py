@@ -47,7 +47,7 @@ PRESETS = {
     "iwae": Preset(IWAE, IWAEConfig(), TrainConfig(batch_size=20), "Burda et al., 50 samples"),
     "iwae-2": Preset(IWAE, IWAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=20),
                      "the same with two stochastic layers"),
-    "iwae-dreg": Preset(IWAE, IWAEConfig(estimator="dreg"), TrainConfig(batch_size=20), "IWAE, doubly reparametrised gradients"),
+    "iwae-dreg": Preset(IWAE, IWAEConfig(estimator="dreg"), TrainConfig(batch_size=20), "doubly reparametrised gradients"),
     "miwae": Preset(IWAE, IWAEConfig(samples=64, groups=8), TrainConfig(batch_size=20), "mean of 8 bounds of 8 samples"),
     "ciwae": Preset(IWAE, IWAEConfig(samples=64, elbo_weight=0.5), TrainConfig(batch_size=20), "half IWAE, half ELBO"),
     "piwae": Preset(IWAE, IWAEConfig(samples=64, groups=8, estimator="piwae"), TrainConfig(batch_size=20),

@@ -1,6 +1,7 @@
 """KL divergences between all ordered pairs of diagonal Gaussians, in 80-bit arithmetic."""
 
 import numpy as np
+import torch
 
 from . import longdouble
 
@@ -10,6 +11,7 @@ def exact(mu, log_var, grad_mean) -> tuple[dict[str, np.ndarray], dict[str, np.n
 
     `grad_mean` [D] is the incoming gradient of the mean per dimension; those of the scalars are one.
     """
+    info = torch.finfo(mu.dtype)
     mu, log_var, grad_mean = (longdouble(t) for t in (mu, log_var, grad_mean))
     N = len(mu)
     pairs = N * (N - 1)
@@ -24,6 +26,7 @@ def exact(mu, log_var, grad_mean) -> tuple[dict[str, np.ndarray], dict[str, np.n
     # An error of eps in each term of a divergence is one of eps·size in its weight.
     std_size = np.where(off[:, :, 0], size.sum(2) + mean, 0) / ((pairs - 1) * deviation if deviation else np.inf)
     e = np.where(off, np.exp(-kl), 0)
+    lost = np.minimum(e, info.tiny) / (4 * info.eps)  # exp is 0 below the smallest normal number; the budget is 4 eps
     sigmoid = -e / (1 + e) / pairs
 
     def gradients(weights, sizes):
@@ -37,9 +40,9 @@ def exact(mu, log_var, grad_mean) -> tuple[dict[str, np.ndarray], dict[str, np.n
 
     values = {"mean_per_dim": kl.sum((0, 1)) / pairs, "std": deviation, "diversity": np.log1p(e).sum() / pairs}
     scales = {"mean_per_dim": size.sum((0, 1)) / pairs, "std": np.sqrt((size.sum(2) ** 2).sum() / pairs),
-              "diversity": (np.log1p(e) + e * size).sum() / pairs}
+              "diversity": (np.log1p(e) + e * size + lost).sum() / pairs}
     weights = {"mean_per_dim": (grad_mean / pairs, grad_mean / pairs), "std": (by_std[:, :, None], std_size[:, :, None]),
-               "diversity": (sigmoid, sigmoid * (1 + size))}
+               "diversity": (sigmoid, sigmoid * (1 + size) - lost / pairs)}
     for name, (weight, weight_size) in weights.items():
         found, magnitudes = gradients(weight, weight_size)
         for part, g, m in zip(("mu", "log_var"), found, magnitudes, strict=True):
