@@ -48,7 +48,7 @@ class TrainConfig:
     checkpoint_every: int = 1  # epochs
     clip_norm: float | None = None  # largest Euclidean norm of the gradient of a loss, over all children that step
     ema_decay: float | None = None  # of a moving average of the weights, which is then what is validated and kept
-    lr_stage_epochs: int | None = None  # length of the first stage of the learning rates
+    lr_stage_epochs: int | None = None  # length of the first stage of the learning rates, in each phase
     lr_stage_growth: int = 1  # a stage is so many times as long as the one before it
     lr_decay: float = 1.0  # a stage has so many times the learning rates of the one before it
     validation: float = 0.0  # rows to hold out: a fraction if below 1, else their number
@@ -73,7 +73,7 @@ class TrainConfig:
             raise ValueError(f"validation must be a fraction below 1 or a number of rows, given {self.validation}.")
 
     def lr_factor(self, epoch: int) -> float:
-        """What the learning rates are multiplied by in `epoch`, from 1."""
+        """What the learning rates of a phase are multiplied by in its `epoch`, from 1."""
         stage, last, length = 0, self.lr_stage_epochs or math.inf, self.lr_stage_epochs
         while epoch > last:
             stage, length = stage + 1, length * self.lr_stage_growth
@@ -238,7 +238,7 @@ class _Loop:
 
     def epoch(self, epoch: int, step: int, tick: Callable[[], None]) -> dict[str, float]:
         """Mean of each loss term over the rows that its phase has seen."""
-        self._set_learning_rates(self.config.lr_factor(epoch))
+        self._set_learning_rates(epoch)
         order = batch_order(self.n, self.config.batch_size, self.config.seed, epoch)
         means: dict[str, Means] = {}
         for first in range(0, len(order), self.batches_per_step):
@@ -287,10 +287,12 @@ class _Loop:
         if grads:
             torch._foreach_mul_(grads, (self.config.clip_norm / torch.nn.utils.get_total_norm(grads)).clamp(max=1))
 
-    def _set_learning_rates(self, factor: float) -> None:
-        for child, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = getattr(self.system.config.optim, child).lr * factor
+    def _set_learning_rates(self, epoch: int) -> None:
+        for phase in (phase for phase in self.phases if phase.runs_in(epoch)):
+            factor = self.config.lr_factor(epoch - phase.first_epoch + 1)
+            for child in phase.updates:
+                for group in self.optimizers[child].param_groups:
+                    group["lr"] = getattr(self.system.config.optim, child).lr * factor
 
     def _params(self, children: Iterable[str]) -> Iterator[Tensor]:
         return (p for child in children for group in self.optimizers[child].param_groups for p in group["params"])

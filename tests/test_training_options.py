@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_engine import DGD, Data, DGDConfig, OptimizerConfig, System, TrainConfig, fit
+from latent_engine import DGD, Data, DGDConfig, OptimizerConfig, Phase, System, TrainConfig, fit
 from latent_engine import checkpoint as checkpoint_module
 from latent_engine.checkpoint import CheckpointError, read_tensors, weights_note
 from latent_engine.data import batch_order
@@ -156,6 +156,21 @@ def test_every_learning_rate_follows_the_stages():
     factors = np.array([1, 0.5, 0.5, 0.25, 0.25])
     expected = np.prod(1 - np.outer([0.1, 4 * 0.05], factors), axis=1)
     assert np.allclose(points(system), expected[:, None], rtol=1e-5)
+
+
+def test_a_phase_begins_with_its_first_stage():
+    class InTurn(Centers):
+        def phases(self):
+            return Phase("first", ("near",), last_epoch=3), Phase("second", ("far",), first_epoch=4)
+
+    system = InTurn()
+    with torch.no_grad():
+        system.near.at.fill_(1)
+        system.far.at.fill_(1)
+    config = TrainConfig(epochs=7, batch_size=2, lr_stage_epochs=2, lr_decay=0.5)
+    fit(system, Data(torch.zeros(2, 1, 1, 6)), config, progress=False)
+    near, far = (np.prod(1 - 0.1 * np.array(lr)) for lr in ([1, 1, 0.5], [4, 4, 2, 2]))
+    assert np.allclose(points(system), [[near], [far]], rtol=1e-5)
 
 
 def test_eps_of_adam():

@@ -39,8 +39,8 @@ def main(name: str, doc: str, run: Callable[[Path, Any], dict], settings: dict[s
         futures = {pool.submit(_timed, run, options.data, setting): key for key, setting in left.items()}
         for future in as_completed(futures):
             results[futures[future]] = future.result()
-            ordered = {key: results[key] for key in settings if key in results}
-            write_file(path, json.dumps({"machine": machine("cpu"), "results": ordered}, indent=1).encode() + b"\n")
+            results = {key: results[key] for key in settings if key in results}
+            _write(path, results)
             print(f"{futures[future]}: {results[futures[future]]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(table(results))
 
@@ -48,6 +48,12 @@ def main(name: str, doc: str, run: Callable[[Path, Any], dict], settings: dict[s
 def read(path: Path) -> dict[str, dict]:
     """The results in a file that `main` wrote, by setting."""
     return json.loads(path.read_text())["results"]
+
+
+def _write(path: Path, results: dict[str, dict]) -> None:
+    """A line a result."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(result)}" for key, result in results.items())
+    write_file(path, f'{{"machine": {json.dumps(machine("cpu"))},\n "results": {{\n{lines}\n }}\n}}\n'.encode())
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

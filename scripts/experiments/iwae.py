@@ -48,8 +48,10 @@ def run(data: Path, setting: Setting) -> dict:
 def table(results: dict[str, dict]) -> str:
     """A row a run; "less" is the paired difference to the VAE of one sample, with its 95 % interval over the images."""
     rows = []
-    for key, result in results.items():
-        setting = SETTINGS[key]
+    for key, setting in sorted(SETTINGS.items(), key=lambda item: (item[1].layers, item[1].system == "iwae", item[1].samples)):
+        if key not in results:
+            continue
+        result = results[key]
         log_px = torch.tensor(result["log_px"], dtype=torch.float64)
         gain = log_px - torch.tensor(results[f"vae-1-layers-{setting.layers}"]["log_px"], dtype=torch.float64)
         less = f"{gain.mean():.2f} ± {1.96 * gain.std() / len(gain) ** 0.5:.2f}" if gain.any() else ""
