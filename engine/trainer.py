@@ -52,7 +52,7 @@ class TrainConfig:
     lr_stage_growth: int = 1  # a stage is so many times as long as the one before it
     lr_decay: float = 1.0  # a stage has so many times the learning rates of the one before it
     validation: float = 0.0  # rows to hold out: a fraction if below 1, else their number
-    patience: int | None = None  # stop after so many epochs without a lower validation loss
+    patience: int | None = None  # stop after so many epochs of the last phase without a lower validation loss
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("checkpoint_every", 1), ("lr_stage_epochs", 1),

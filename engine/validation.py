@@ -80,8 +80,11 @@ class Validation:
         return terms
 
     def exhausted(self, epoch: int) -> bool:
-        """Whether patience ends with `epoch`."""
-        return self.config.patience is not None and bool(self.best) and epoch - self.best.epoch >= self.config.patience
+        """Whether patience, which begins with the last phase, ends with `epoch`."""
+        if self.config.patience is None or self.best is None:
+            return False
+        last_start = max(phase.first_epoch for phase in self.system.phases()) - 1
+        return epoch - max(self.best.epoch, last_start) >= self.config.patience
 
     def is_due(self, epoch: int) -> bool:
         """Whether `epoch` must be kept: it is the best, or the last."""

@@ -158,11 +158,12 @@ def test_every_learning_rate_follows_the_stages():
     assert np.allclose(points(system), expected[:, None], rtol=1e-5)
 
 
-def test_a_phase_begins_with_its_first_stage():
-    class InTurn(Centers):
-        def phases(self):
-            return Phase("first", ("near",), last_epoch=3), Phase("second", ("far",), first_epoch=4)
+class InTurn(Centers):
+    def phases(self):
+        return Phase("first", ("near",), last_epoch=3), Phase("second", ("far",), first_epoch=4)
 
+
+def test_a_phase_begins_with_its_first_stage():
     system = InTurn()
     with torch.no_grad():
         system.near.at.fill_(1)
@@ -215,6 +216,12 @@ def test_validation_takes_no_gradients_and_the_same_random_numbers_each_epoch():
 TRAIN, VALIDATE = (Data(rows(n, seed).x * 0.1 + low) for n, seed, low in ((20, 0, 0.95), (9, 1, 0.25)))
 STOPPING = TrainConfig(epochs=50, batch_size=10, patience=3)
 SLOW = CentersConfig(optim=CentersOptim(*[OptimizerConfig("sgd", lr=0.01)] * 2))
+
+
+def test_patience_begins_with_the_last_phase():
+    still = OptimizerConfig("sgd", lr=0.0)
+    system = InTurn(CentersConfig(optim=CentersOptim(still, still)))
+    assert len(fit(system, rows(8), replace(STOPPING, patience=2), validation=rows(4), progress=False)) == 5
 
 
 @pytest.mark.parametrize("every", [1, 7])
