@@ -23,8 +23,8 @@ from latent_engine.systems.vae import VAEOptim
 
 OPTIM = VAEOptim(likelihood=OptimizerConfig("adam", lr=5e-3))
 MODELS = {"mnist": VAEConfig(latent_dim=64, hidden=(400, 400), activation="relu", likelihood="gaussian", optim=OPTIM),
-          "cifar10": VAEConfig(latent_dim=128, network="conv", likelihood="gaussian", optim=OPTIM)}
-EPOCHS = {"mnist": 30, "cifar10": 60}
+          "cifar10": VAEConfig(latent_dim=128, network="conv", capacity=16, likelihood="gaussian", optim=OPTIM)}
+EPOCHS = {"mnist": 30, "cifar10": 40}
 
 
 @dataclass(frozen=True)

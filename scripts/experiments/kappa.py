@@ -4,7 +4,7 @@
 
 "On the Regularization Balance in Autoencoder-Based Generative Models", §6, Table 1: MNIST in gray, an encoder of 6 layers, a
 decoder of 3 residual blocks of 2 layers, a Gaussian with a learned variance. The paper gives neither widths nor training.
-Here 400 units, 20,000 digits, 30 passes in batches of 100. "Affine bridge" adds W z + b to the decoder's output, "residual"
+Here 400 units, 20,000 digits, 15 passes in batches of 100. "Affine bridge" adds W z + b to the decoder's output, "residual"
 is the same without it, "plain" a decoder of as many layers without skip connections.
 """
 
@@ -39,7 +39,7 @@ def run(data: Path, setting: Setting) -> dict:
     config = VAEConfig(latent_dim=setting.kappa, activation="relu", likelihood="gaussian", **DECODERS[setting.decoder],
                        optim=VAEOptim(likelihood=OptimizerConfig("adam", lr=5e-3)))
     system = VAE.for_data(config, train)
-    records = fit(system, train, TrainConfig(epochs=30, batch_size=100), progress=False)
+    records = fit(system, train, TrainConfig(epochs=15, batch_size=100), progress=False)
     error = (test.x - system.reconstruct(test.x)).square().flatten(1).sum(1).mean()
     return {"error": error.item(), "nll": -log_likelihood(system, test.x[::50], 500).mean,
             "active": int(active_dimensions(encode(system, test.x).mean).sum()), "gamma": records[-1]["gamma"]}
@@ -56,7 +56,8 @@ def table(results: dict[str, dict]) -> str:
     return markdown(["decoder", "κ", "‖x − x̂‖², test", "−log p(x)", "active", "γ", "paper: error", "−log p(x)", "active"], rows)
 
 
-SETTINGS = {f"{decoder}-{kappa}": Setting(decoder, kappa) for decoder in DECODERS for kappa in KAPPAS}
+SETTINGS = {f"{decoder}-{kappa}": Setting(decoder, kappa) for decoder in DECODERS for kappa in KAPPAS
+            if decoder == "affine bridge" or kappa in (50, 200, 784)}
 
 if __name__ == "__main__":
     main("kappa", __doc__, run, SETTINGS, table)
