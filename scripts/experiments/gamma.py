@@ -24,7 +24,7 @@ from latent_engine.systems.vae import VAEOptim
 OPTIM = VAEOptim(likelihood=OptimizerConfig("adam", lr=5e-3))
 MODELS = {"mnist": VAEConfig(latent_dim=64, hidden=(400, 400), activation="relu", likelihood="gaussian", optim=OPTIM),
           "cifar10": VAEConfig(latent_dim=128, network="conv", capacity=16, likelihood="gaussian", optim=OPTIM)}
-EPOCHS = {"mnist": 30, "cifar10": 40}
+EPOCHS = {"mnist": 30, "cifar10": 30}
 
 
 @dataclass(frozen=True)
