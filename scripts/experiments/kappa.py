@@ -2,10 +2,10 @@
 
     python scripts/experiments/kappa.py DATA
 
-"On the Regularization Balance in Autoencoder-Based Generative Models", §6, Table 1 (without its κ = 400): MNIST in gray, an encoder of 6 layers, a
-decoder of 3 residual blocks of 2 layers, a Gaussian with a learned variance. The paper gives neither widths nor training.
-Here 400 units, 20,000 digits, 15 passes in batches of 100. "Affine bridge" adds W z + b to the decoder's output, "residual"
-is the same without it, "plain" a decoder of as many layers without skip connections.
+"On the Regularization Balance in Autoencoder-Based Generative Models", §6, Table 1, without its κ = 400: MNIST in gray, an
+encoder of 6 layers, a decoder of 3 residual blocks of 2 layers, a Gaussian with a learned variance. The paper gives neither
+widths nor training. Here 400 units, 20,000 digits, 15 passes in batches of 100. "Affine bridge" adds W z + b to the decoder's
+output, "residual" is the same without it, "plain" a decoder (and encoder) of as many layers without skip connections.
 """
 
 from dataclasses import dataclass
