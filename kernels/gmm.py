@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_indices, check_shape, working_precision
+from .checks import HALF, check_indices, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm as reference
 
@@ -103,8 +103,7 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     lead = z.shape[:-1]
     if grad is None:
         grad = means.new_ones(lead)
-    means, grad = working_precision(op, "means", means, grad)
-    check_floats(op, means=means, grad=grad)
+    means, grad = checked_floats(op, "means", means=means, grad=grad)
     check_shape(op, "grad", grad, tuple(lead), "[...] as in z[..., D]")
 
     name = BOTH.choose(z, backend)
@@ -133,8 +132,7 @@ def _reference_and_grad(grad, z, means, log_vars, log_weights, labels, allowed):
 
 def _arguments(op, z, means, log_vars, log_weights, labels, allowed):
     """The checked arguments: floats in working precision, log_vars as [K, D], labels and allowed over N rows."""
-    z, means, log_vars, log_weights = working_precision(op, "z", z, means, log_vars, log_weights)
-    check_floats(op, means=means, z=z, log_vars=log_vars, log_weights=log_weights)
+    z, means, log_vars, log_weights = checked_floats(op, "means", z=z, means=means, log_vars=log_vars, log_weights=log_weights)
     log_vars = _check_mixture(op, z, means, log_vars, log_weights)
     if labels is not None or allowed is not None:
         labels, allowed = _check_allowed(op, labels, allowed, z.shape[:-1], means)
@@ -148,10 +146,10 @@ def _check_mixture(op: str, z: Tensor, means: Tensor, log_vars: Tensor, log_weig
     if means.dim() != 2 or means.shape[1] != z.shape[-1]:
         raise ValueError(f"{op}: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
                          f"given {list(means.shape)}.")
-    check_shape(op, "log_weights", log_weights, means.shape[:1], "[K]")
-    if log_vars.shape == means.shape:
-        return log_vars
     K, D = means.shape
+    check_shape(op, "log_weights", log_weights, (K,), "[K]")
+    if log_vars.shape == (K, D):
+        return log_vars
     if tuple(log_vars.shape) not in ((K, 1), (1, D), (1, 1), (D,), (1,), ()):
         raise ValueError(f"{op}: log_vars must have shape [K, D] = {[K, D]}, [K, 1] (isotropic), [D] or [] (shared), "
                          f"given {list(log_vars.shape)}.")
