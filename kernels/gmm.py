@@ -60,18 +60,18 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     """
     op = "gmm_log_prob"
     z, means, log_vars, log_weights, labels, allowed = _arguments(op, z, means, log_vars, log_weights, labels, allowed)
-    lead = z.shape[:-1]
-    if len(lead) != 1:
-        z = z.reshape(lead.numel(), z.shape[-1])
+    shape = z.shape
+    if len(shape) != 2:
+        z = z.reshape(shape[:-1].numel(), shape[-1])
 
     name = OP.choose(z, backend)
     if name == "reference":
         log_prob, resp = _reference(z, means, log_vars, log_weights, labels, allowed)
     else:
         log_prob, resp = _gmm(name, z, means, log_vars, log_weights, labels, allowed, responsibilities)
-    if len(lead) != 1:
-        log_prob = log_prob.reshape(lead)
-    return (log_prob, resp.reshape(*lead, means.shape[0])) if responsibilities else log_prob
+    if len(shape) != 2:
+        log_prob = log_prob.reshape(shape[:-1])
+    return (log_prob, resp.reshape(*shape[:-1], means.shape[0])) if responsibilities else log_prob
 
 
 def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, grad: Tensor | None = None, *,
@@ -182,8 +182,8 @@ def _check_allowed(op: str, labels: Tensor | None, allowed: Tensor | None, lead:
 
 
 def _fake_fwd(z, means, log_vars, log_weights, labels, allowed, responsibilities):
-    K = means.shape[0] if responsibilities else 0
-    return means.new_empty(z.shape[0]), means.new_empty(z.shape[0] if responsibilities else 0, K)
+    N, K = z.shape[0], means.shape[0]
+    return means.new_empty(N), means.new_empty(N, K) if responsibilities else None
 
 
 def _fake_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, need_mixture):
@@ -197,10 +197,10 @@ def _fake_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
                                           for t in (z, means, log_vars, log_weights))
 
 
-# `responsibilities` false returns an empty [0, 0] tensor in their place. In gmm_bwd, `coef` is a_nk where the forward pass
-# returned responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
+# `responsibilities` false returns None in their place. In gmm_bwd, `coef` is a_nk where the forward pass returned
+# responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
 FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor? labels, "
-                "Tensor? allowed, bool responsibilities) -> (Tensor, Tensor)", _fake_fwd)
+                "Tensor? allowed, bool responsibilities) -> (Tensor, Tensor?)", _fake_fwd)
 BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
                 "Tensor log_prob, Tensor? labels, Tensor? allowed, Tensor? coef, bool need_z, bool need_mixture) "
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
