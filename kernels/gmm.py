@@ -218,15 +218,13 @@ BOTH = register(Op("gmm_log_prob_and_grad", "gmm_fwd_bwd", SUPPORT))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.responsibilities = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:-1], *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, bwd, grad, grad_resp):
     *tensors, log_prob, resp = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    grad_resp = grad_resp if ctx.responsibilities else None
     if grad is None and grad_resp is None:
         return (None,) * 7
     if torch.is_grad_enabled():  # double backward
