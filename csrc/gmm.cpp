@@ -64,17 +64,19 @@ struct Inputs {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
-                                   const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
-                                   bool responsibilities) {
+std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& z, const Tensor& means, const Tensor& log_vars,
+                                                  const Tensor& log_weights, const std::optional<Tensor>& labels,
+                                                  const std::optional<Tensor>& allowed, bool responsibilities) {
   const int64_t N = z.size(0), K = means.size(0), packed = Inputs<T>::packed_size(means);
   const GmmGrid grid = cut(N, K, 2 * means.size(1) + 16, 64, !responsibilities);
   const int64_t partial = grid.splits > 1 ? grid.splits * N : 0;
   Arena<T> arena(Scratch::launch, packed, partial, partial);
   const Inputs<T> in(arena.take(packed), z, means, log_vars, log_weights, labels, allowed);
-  Tensor log_prob = empty(z, {N}), resp = empty(z, {responsibilities ? N : 0, responsibilities ? K : 0});
+  Tensor log_prob = empty(z, {N});
+  std::optional<Tensor> resp;
+  if (responsibilities) resp = empty(z, {N, K});
   const GmmForward<T> p{in.mixture, in.rows, grid, log_prob.mutable_data_ptr<T>(),
-                        responsibilities ? resp.mutable_data_ptr<T>() : nullptr, arena.take(partial), arena.take(partial)};
+                        resp ? resp->mutable_data_ptr<T>() : nullptr, arena.take(partial), arena.take(partial)};
   for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.forward(p, task); });
   if (grid.splits > 1) kernels<T>().gmm.merge_forward(p);
   return {log_prob, resp};
@@ -119,9 +121,9 @@ Gradients backward(const Tensor& grad, const Tensor& z, const Tensor& means, con
   return {dz, dmeans, dlog_vars, dlog_weights};
 }
 
-std::tuple<Tensor, Tensor> gmm_fwd(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
-                                   const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
-                                   bool responsibilities) {
+std::tuple<Tensor, std::optional<Tensor>> gmm_fwd(const Tensor& z, const Tensor& means, const Tensor& log_vars,
+                                                  const Tensor& log_weights, const std::optional<Tensor>& labels,
+                                                  const std::optional<Tensor>& allowed, bool responsibilities) {
   const auto f = z.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
   return f(z, means, log_vars, log_weights, labels, allowed, responsibilities);
 }

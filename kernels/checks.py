@@ -4,51 +4,70 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+FULL = (torch.float32, torch.float64)
 
 
-def check_floats(op: str, **tensors: Tensor) -> None:
-    """All floating point, one dtype, one device; the first tensor sets the standard.
+def checked_floats(op: str, like: str, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """The floating-point `tensors`, of one device and of the dtype of the one called `like`, in the precision of the kernels.
 
-    Half-precision tensors pass beside float32 ones: kernels read them as float32.
+    float32 under autocast; else half-precision ones as float32, except the first, the op's input, on CUDA, whose kernels
+    read it as it is.
     """
-    (first_name, first), *rest = tensors.items()
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        given = first.dtype if isinstance(first, Tensor) else type(first).__name__
-        raise TypeError(f"{op}: {first_name} must be a floating-point tensor, given {given}.")
-    for name, tensor in rest:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, given {type(tensor).__name__}.")
-        if tensor.dtype != first.dtype and not (tensor.dtype in HALF and first.dtype == torch.float32):
-            raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; "
-                            f"convert one of them, e.g. {name}.to({first_name}.dtype).")
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}; "
-                             f"move one of them, e.g. {name}.to({first_name}.device).")
+    given = tuple(tensors.values())
+    if _are_alike(given):
+        return given
+    tensors = _working_precision(op, tensors)
+    _check_floats(op, like, tensors)
+    return tuple(tensors.values())
 
 
-def working_precision(op: str, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The floating-point `tensors` in the precision that kernels compute in; the first, called `name`, is the op's input.
+def _are_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """float32 or float64 all, on one device and outside autocast: the usual call, with nothing to convert or to complain of."""
+    first, *others = tensors
+    if torch._C._is_any_autocast_enabled() or not isinstance(first, Tensor) or first.dtype not in FULL:
+        return False
+    dtype, device = first.dtype, first.device
+    for tensor in others:
+        if not isinstance(tensor, Tensor) or tensor.dtype is not dtype or tensor.device != device:
+            return False
+    return True
 
-    float32 under autocast; else half-precision ones as float32, except the first on CUDA, whose kernels read it as it is.
-    Beside float64 they stay what they are, for `check_floats` to say so.
-    """
-    first = tensors[0]
+
+def _working_precision(op: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The `tensors`, converted. Beside float64 half-precision ones stay what they are, for `_check_floats` to say so."""
+    name, first = next(iter(tensors.items()))
     if not isinstance(first, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, given {type(first).__name__}.")
     device = first.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
-    dtypes = {getattr(t, "dtype", None) for t in tensors}
+        return {n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in tensors.items()}
+    dtypes = {getattr(t, "dtype", None) for t in tensors.values()}
     if dtypes.isdisjoint(HALF) or torch.float64 in dtypes:
         return tensors
-    keep = device == "cuda"
-    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in HALF and not (keep and t is first) else t
-                 for t in tensors)
+    kept = first if device == "cuda" else None
+    return {n: t.float() if isinstance(t, Tensor) and t.dtype in HALF and t is not kept else t for n, t in tensors.items()}
+
+
+def _check_floats(op: str, like: str, tensors: dict[str, Tensor]) -> None:
+    """Half-precision tensors pass beside float32 ones: kernels read them as float32."""
+    standard = tensors[like]
+    if not isinstance(standard, Tensor) or not standard.is_floating_point():
+        given = standard.dtype if isinstance(standard, Tensor) else type(standard).__name__
+        raise TypeError(f"{op}: {like} must be a floating-point tensor, given {given}.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, given {type(tensor).__name__}.")
+        if tensor.dtype != standard.dtype and not (tensor.dtype in HALF and standard.dtype == torch.float32):
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but {like} is {standard.dtype}; "
+                            f"convert one of them, e.g. {name}.to({like}.dtype).")
+        if tensor.device != standard.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {like} is on {standard.device}; "
+                             f"move one of them, e.g. {name}.to({like}.device).")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """`tensor` has exactly the shape `expected`; `meaning` spells it out, e.g. "[K]"."""
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, given {list(tensor.shape)}.")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_indices, check_shape, working_precision
+from .checks import HALF, check_indices, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm as reference
 
@@ -60,18 +60,18 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     """
     op = "gmm_log_prob"
     z, means, log_vars, log_weights, labels, allowed = _arguments(op, z, means, log_vars, log_weights, labels, allowed)
-    lead = z.shape[:-1]
-    if len(lead) != 1:
-        z = z.reshape(lead.numel(), z.shape[-1])
+    shape = z.shape
+    if len(shape) != 2:
+        z = z.reshape(shape[:-1].numel(), shape[-1])
 
     name = OP.choose(z, backend)
     if name == "reference":
         log_prob, resp = _reference(z, means, log_vars, log_weights, labels, allowed)
     else:
         log_prob, resp = _gmm(name, z, means, log_vars, log_weights, labels, allowed, responsibilities)
-    if len(lead) != 1:
-        log_prob = log_prob.reshape(lead)
-    return (log_prob, resp.reshape(*lead, means.shape[0])) if responsibilities else log_prob
+    if len(shape) != 2:
+        log_prob = log_prob.reshape(shape[:-1])
+    return (log_prob, resp.reshape(*shape[:-1], means.shape[0])) if responsibilities else log_prob
 
 
 def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, grad: Tensor | None = None, *,
@@ -103,8 +103,7 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     lead = z.shape[:-1]
     if grad is None:
         grad = means.new_ones(lead)
-    means, grad = working_precision(op, "means", means, grad)
-    check_floats(op, means=means, grad=grad)
+    means, grad = checked_floats(op, "means", means=means, grad=grad)
     check_shape(op, "grad", grad, tuple(lead), "[...] as in z[..., D]")
 
     name = BOTH.choose(z, backend)
@@ -133,8 +132,7 @@ def _reference_and_grad(grad, z, means, log_vars, log_weights, labels, allowed):
 
 def _arguments(op, z, means, log_vars, log_weights, labels, allowed):
     """The checked arguments: floats in working precision, log_vars as [K, D], labels and allowed over N rows."""
-    z, means, log_vars, log_weights = working_precision(op, "z", z, means, log_vars, log_weights)
-    check_floats(op, means=means, z=z, log_vars=log_vars, log_weights=log_weights)
+    z, means, log_vars, log_weights = checked_floats(op, "means", z=z, means=means, log_vars=log_vars, log_weights=log_weights)
     log_vars = _check_mixture(op, z, means, log_vars, log_weights)
     if labels is not None or allowed is not None:
         labels, allowed = _check_allowed(op, labels, allowed, z.shape[:-1], means)
@@ -148,10 +146,10 @@ def _check_mixture(op: str, z: Tensor, means: Tensor, log_vars: Tensor, log_weig
     if means.dim() != 2 or means.shape[1] != z.shape[-1]:
         raise ValueError(f"{op}: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
                          f"given {list(means.shape)}.")
-    check_shape(op, "log_weights", log_weights, means.shape[:1], "[K]")
-    if log_vars.shape == means.shape:
-        return log_vars
     K, D = means.shape
+    check_shape(op, "log_weights", log_weights, (K,), "[K]")
+    if log_vars.shape == (K, D):
+        return log_vars
     if tuple(log_vars.shape) not in ((K, 1), (1, D), (1, 1), (D,), (1,), ()):
         raise ValueError(f"{op}: log_vars must have shape [K, D] = {[K, D]}, [K, 1] (isotropic), [D] or [] (shared), "
                          f"given {list(log_vars.shape)}.")
@@ -184,8 +182,8 @@ def _check_allowed(op: str, labels: Tensor | None, allowed: Tensor | None, lead:
 
 
 def _fake_fwd(z, means, log_vars, log_weights, labels, allowed, responsibilities):
-    K = means.shape[0] if responsibilities else 0
-    return means.new_empty(z.shape[0]), means.new_empty(z.shape[0] if responsibilities else 0, K)
+    N, K = z.shape[0], means.shape[0]
+    return means.new_empty(N), means.new_empty(N, K) if responsibilities else None
 
 
 def _fake_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, need_mixture):
@@ -199,10 +197,10 @@ def _fake_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
                                           for t in (z, means, log_vars, log_weights))
 
 
-# `responsibilities` false returns an empty [0, 0] tensor in their place. In gmm_bwd, `coef` is a_nk where the forward pass
-# returned responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
+# `responsibilities` false returns None in their place. In gmm_bwd, `coef` is a_nk where the forward pass returned
+# responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
 FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor? labels, "
-                "Tensor? allowed, bool responsibilities) -> (Tensor, Tensor)", _fake_fwd)
+                "Tensor? allowed, bool responsibilities) -> (Tensor, Tensor?)", _fake_fwd)
 BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
                 "Tensor log_prob, Tensor? labels, Tensor? allowed, Tensor? coef, bool need_z, bool need_mixture) "
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
@@ -220,15 +218,13 @@ BOTH = register(Op("gmm_log_prob_and_grad", "gmm_fwd_bwd", SUPPORT))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.responsibilities = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:-1], *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, bwd, grad, grad_resp):
     *tensors, log_prob, resp = ctx.saved_tensors
     needs = ctx.needs_input_grad[:4]
-    grad_resp = grad_resp if ctx.responsibilities else None
     if grad is None and grad_resp is None:
         return (None,) * 7
     if torch.is_grad_enabled():  # double backward

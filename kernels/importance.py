@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_shape, working_precision
+from .checks import HALF, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import importance as reference
 
@@ -189,9 +189,9 @@ class _GradientScale:
 def _check_samples(op: str, z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,
                    log_pz: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in working precision; they fit together."""
-    z, mu, log_var, log_px, log_pz = working_precision(op, "z", z, mu, log_var, log_px, log_pz)
     given = {} if log_pz is None else {"log_pz": log_pz}
-    check_floats(op, mu=mu, z=z, log_var=log_var, log_px=log_px, **given)
+    z, mu, log_var, log_px, *rest = checked_floats(op, "mu", z=z, mu=mu, log_var=log_var, log_px=log_px, **given)
+    log_pz = rest[0] if rest else None
     if z.dim() != 3:
         raise ValueError(f"{op}: z must have shape [S, N, D], given {list(z.shape)}.")
     S, N, D = z.shape
@@ -205,8 +205,7 @@ def _check_samples(op: str, z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tens
 
 def check_log_weights(op: str, log_w: Tensor) -> Tensor:
     """`log_w[S, ...]` in working precision."""
-    (log_w,) = working_precision(op, "log_w", log_w)
-    check_floats(op, log_w=log_w)
+    (log_w,) = checked_floats(op, "log_w", log_w=log_w)
     if log_w.dim() == 0:
         raise ValueError(f"{op}: log_w must have shape [S, ...], given a scalar.")
     return log_w.float() if log_w.dtype in HALF else log_w

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, working_precision
+from .checks import HALF, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import likelihood as reference
 
@@ -143,8 +143,7 @@ def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, m
     >>> gaussian_variance(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.zeros(2, 2), (2,))
     tensor([0., 5.])
     """
-    mean, x = working_precision("gaussian_variance", "mean", mean, x)
-    check_floats("gaussian_variance", x=x, mean=mean)
+    mean, x = checked_floats("gaussian_variance", "x", mean=mean, x=x)
     if mask is not None:
         _check_mask("gaussian_variance", mask, x)
     try:
@@ -171,10 +170,9 @@ def _log_prob(kind: int, tensors: dict[str, Tensor], mask: Tensor | None, event_
     op = OPS[kind]
     if not isinstance(event_dims, int):
         raise TypeError(f"{op.name}: event_dims must be an integer, given {event_dims!r}.")
-    names, (x, a, *rest) = tuple(tensors), tensors.values()
-    a, x, *rest = working_precision(op.name, names[1], a, x, *rest)
+    names, (_, a, *_) = tuple(tensors), tensors.values()
+    a, x, *rest = checked_floats(op.name, "x", **{names[1]: a, **tensors})
     tensors = dict(zip(names, (x, a, *rest), strict=True))
-    check_floats(op.name, **tensors)
     if mask is not None:
         _check_mask(op.name, mask, x)
     x, a, b, mask, batch = _rows(op.name, tensors, mask, event_dims)

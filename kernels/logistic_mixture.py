@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_shape, working_precision
+from .checks import HALF, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import logistic_mixture as reference
 
@@ -54,8 +54,9 @@ def logistic_mixture_log_prob(x: Tensor, params: Tensor, *, mask: Tensor | None 
     >>> logistic_mixture_log_prob(x, params).shape
     torch.Size([5, 2])
     """
-    params, x = working_precision("logistic_mixture_log_prob", "params", params, x)
-    _check(x, params, mask)
+    op = "logistic_mixture_log_prob"
+    params, x = checked_floats(op, "x", params=params, x=x)
+    _check(op, x, params, mask)
     lead, (N, C, H, W) = params.shape[:-3], x.shape
     x, params = x.reshape(N, C, H * W), params.reshape(lead.numel(), params.shape[-3], H * W)
     mask = None if mask is None else mask.reshape(N, H * W)
@@ -72,9 +73,7 @@ def _reference(x, params, mask):
     return reference.logistic_mixture_log_prob(x, params.to(x.dtype), mask)
 
 
-def _check(x: Tensor, params: Tensor, mask: Tensor | None) -> None:
-    op = "logistic_mixture_log_prob"
-    check_floats(op, x=x, params=params)
+def _check(op: str, x: Tensor, params: Tensor, mask: Tensor | None) -> None:
     if x.requires_grad:
         raise ValueError(f"{op}: x is data and gets no gradient, but it requires one; pass x.detach().")
     if x.dim() != 4 or x.shape[1] not in (1, 3):

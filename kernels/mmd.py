@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, is_positive, working_precision
+from .checks import HALF, checked_floats, is_positive
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import mmd as reference
 
@@ -92,8 +92,7 @@ def kernel_sums(x: Tensor, y: Tensor, *, kernel: str = "imq", scales: Sequence[f
 def check(op: str, x: Tensor, y: Tensor, kernel: str, scales: Sequence[float] | None, unit: float | None,
           least: int) -> tuple[Tensor, Tensor, tuple[str, list[float], float]]:
     """The samples in the precision of the kernels, and the kernel's name, scales and unit."""
-    x, y = working_precision(op, "x", x, y)
-    check_floats(op, y=y, x=x)
+    x, y = checked_floats(op, "y", x=x, y=y)
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
         raise ValueError(f"{op}: x and y must have shapes [N, D] and [M, D] with one D ≥ 1, given {list(x.shape)} and "
                          f"{list(y.shape)}.")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, check_shape, is_positive, working_precision
+from .checks import HALF, check_shape, checked_floats, is_positive
 from .library import Differentiable, Primitive, reference_gradients
 from .mmd import WAE_SCALES
 from .quadrature import inverse_multiquadric
@@ -72,11 +72,9 @@ def mmd2_to_normal(x: Tensor, log_var: Tensor | None = None, *, kernel: str = "i
     tensor(True)
     """
     if log_var is None:
-        (x,) = working_precision("mmd2_to_normal", "x", x)
-        check_floats("mmd2_to_normal", x=x)
+        (x,) = checked_floats("mmd2_to_normal", "x", x=x)
     else:
-        x, log_var = working_precision("mmd2_to_normal", "x", x, log_var)
-        check_floats("mmd2_to_normal", log_var=log_var, x=x)
+        x, log_var = checked_floats("mmd2_to_normal", "log_var", x=x, log_var=log_var)
     _check_options(kernel, scales, estimator, combine, prior_std, tolerance)
     _check_shapes(x, log_var, estimator)
     widths, exact = tuple(2.0 * _constant(s) for s in scales), []

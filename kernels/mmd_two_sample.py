@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, register
-from .checks import check_floats, working_precision
+from .checks import checked_floats
 from .library import Differentiable, reference_gradients
 from .mmd import KERNELS, MATRIX, SUPPORT, check
 from .reference import mmd as reference
@@ -49,8 +49,7 @@ def mmd_witness(points: Tensor, x: Tensor, y: Tensor, *, kernel: str = "imq", sc
     >>> mmd_witness(torch.tensor([[0.0], [3.0]]), torch.zeros(2, 1), torch.full((2, 1), 3.0), kernel="energy")
     tensor([ 3., -3.])
     """
-    points, x, y = working_precision("mmd_witness", "points", points, x, y)
-    check_floats("mmd_witness", x=x, points=points)
+    points, x, y = checked_floats("mmd_witness", "x", points=points, x=x, y=y)
     x, y, options = check("mmd_witness", x, y, kernel, scales, unit, least=1)
     if points.dim() != 2 or points.shape[1] != x.shape[1]:
         raise ValueError(f"mmd_witness: points must have shape [P, D] with D = {x.shape[1]} as in x and y, "

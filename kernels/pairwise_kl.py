@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 
 from . import pairwise_kl_distributed as distributed
 from .backends import Op, Support, register
-from .checks import HALF, check_floats, working_precision
+from .checks import HALF, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import pairwise_kl as reference
 
@@ -133,8 +133,7 @@ def _pairwise_kl(op: Op, mu: Tensor, log_var: Tensor, std: bool, group: "Process
 
 def _check(op: str, mu: Tensor, log_var: Tensor, group: "ProcessGroup | None") -> tuple[Tensor, Tensor]:
     """The posteriors in the precision of the kernels, after the checks."""
-    mu, log_var = working_precision(op, "mu", mu, log_var)
-    check_floats(op, mu=mu, log_var=log_var)
+    mu, log_var = checked_floats(op, "mu", mu=mu, log_var=log_var)
     mu = mu.float() if mu.dtype in HALF else mu
     if mu.dim() != 2 or log_var.shape != mu.shape:
         raise ValueError(f"{op}: mu and log_var must have one shape [N, D], given {list(mu.shape)} and {list(log_var.shape)}.")

@@ -4,12 +4,10 @@ import functools
 import math
 
 import numpy as np
-import torch
 
 _TAIL = 2.0  # exponents up to which the tail of the smallest rates is compressed
 
 
-@torch.compiler.assume_constant_result  # a traced graph holds the numbers
 def inverse_multiquadric(widths: tuple[float, ...], reach: float, tolerance: float) -> tuple[list[float], list[float]]:
     """Rates a and weights w > 0 with Σ_q w_q exp(−a_q r²) = (1 + ε) Σ_s C_s / (C_s + r²), |ε| ≤ `tolerance` for r² ≤ `reach`.
 
@@ -19,6 +17,10 @@ def inverse_multiquadric(widths: tuple[float, ...], reach: float, tolerance: flo
     their own measure (Golub & Welsch 1969). Beyond `reach` the sum decays faster than the kernel.
     """
     return _inverse_multiquadric(widths, reach, tolerance)
+
+
+# A traced graph holds the numbers. `torch.compiler.assume_constant_result` sets this too, but takes a second to import dynamo.
+inverse_multiquadric._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=64)

@@ -47,13 +47,15 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-std::tuple<Tensor, Tensor> gmm_fwd(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights,
-                                   std::optional<Tensor> labels, std::optional<Tensor> allowed, bool responsibilities) {
+std::tuple<Tensor, std::optional<Tensor>> gmm_fwd(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights,
+                                                  std::optional<Tensor> labels, std::optional<Tensor> allowed,
+                                                  bool responsibilities) {
   Call call(z, means, log_vars, log_weights, labels, allowed);
   const gmm::Problem& p = call.problem;
   Tensor log_prob = empty(means, {p.N});
-  Tensor resp = responsibilities ? empty(means, {p.N, p.K}) : empty(means, {0, 0});
-  gmm::forward(p, output(log_prob), responsibilities ? output(resp) : nullptr, call, call.stream);
+  std::optional<Tensor> resp;
+  if (responsibilities) resp = empty(means, {p.N, p.K});
+  gmm::forward(p, output(log_prob), resp ? output(*resp) : nullptr, call, call.stream);
   return {log_prob, resp};
 }
 

@@ -190,12 +190,12 @@ class _Call:
 
 
 def gmm_fwd(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, labels: Tensor | None,
-            allowed: Tensor | None, responsibilities: bool) -> tuple[Tensor, Tensor]:
+            allowed: Tensor | None, responsibilities: bool) -> tuple[Tensor, Tensor | None]:
     """The primitive `gmm_fwd` of kernels/gmm.py."""
     call = _Call(z, means, log_vars, log_weights, labels, allowed)
     splits, share = _split(call.K, ROUND, call.row_blocks)
     tops, sums = means.new_empty(splits, call.N), means.new_empty(splits if splits > 1 else 0, call.N)
-    resp = means.new_empty((call.N, call.K) if responsibilities else (0, 0))
+    resp = means.new_empty(call.N, call.K) if responsibilities else None
     if call.N:
         with torch.cuda.device_of(z):
             _forward[(call.row_blocks, splits)](*call.tensors, tops, sums, resp, *call.sizes, share,
