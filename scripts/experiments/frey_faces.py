@@ -4,7 +4,7 @@
 
 Li & Turner 2016 (§5.2): 20 dimensions, 200 softplus units, batches of 100, Adam of 5e-4, ten splits. They report densities
 of gray values in [0, 1], without dequantisation, under Gaussians whose means and variances the decoder gives. Here one
-split, 1,765 faces and 200 to test on, with three seeds; 100 of the training faces choose among 700 epochs; 5,000 samples of
+split, 1,765 faces and 200 to test on, with two seeds; 100 of the training faces choose among 700 epochs; 5,000 samples of
 each test face. A run takes three minutes of one core.
 """
 
@@ -59,10 +59,10 @@ def table(results: dict[str, dict]) -> str:
         rows.append([system, f"{fmean(values):.0f}", f"{values[0]:.0f} – {values[-1]:.0f}",
                      f"{fmean(run['elbo'] for run in runs):.0f}",
                      " ".join(str(run["epoch"]) for run in runs), PUBLISHED[system]])
-    return markdown(["", "log p(x)", "three seeds", "ELBO", "best epochs", "Li & Turner"], rows)
+    return markdown(["", "log p(x)", "two seeds", "ELBO", "best epochs", "Li & Turner"], rows)
 
 
-SETTINGS = {f"{system}-seed-{seed}": Setting(system, seed) for seed in range(3) for system in SYSTEMS}
+SETTINGS = {f"{system}-seed-{seed}": Setting(system, seed) for seed in range(2) for system in SYSTEMS}
 
 if __name__ == "__main__":
     main("frey_faces", __doc__, run, SETTINGS, table)
