@@ -126,6 +126,7 @@ class Inception(nn.Module):
                              f"They are at {loader.FID_WEIGHTS_URL}.") from error
         finally:
             loader.load_state_dict_from_url = download
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] not in (1, 3):
