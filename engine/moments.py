@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import distributed
 
 BLOCK = 1024  # rows that are centred together, or as many as there are features: then the product dominates
-STRIP = 256  # columns of a scatter matrix that are computed together, from the diagonal on: half of the products
+STRIP = 256  # rows of a symmetric product that are computed together, from the diagonal on
 
 
 class Moments:
@@ -63,7 +63,7 @@ class Moments:
             raise ValueError(f"Moments.add: rows must have shape [N, {self.dimensions or 'D'}], given {list(rows.shape)}; "
                              "flatten images to rows.")
         self._check_count("add")
-        if not bool(rows.isfinite().all()):
+        if not bool(rows.sum(dtype=torch.float64).isfinite()):  # NaN and ∞ both show in the sum
             raise ValueError("Moments.add: rows must be finite; look for NaN in the features.")
         block = max(rows.shape[1], BLOCK)
         for part in rows.detach().split(block) if len(rows) else ():
@@ -210,10 +210,16 @@ def _add_rows(sums: _Sums, rows: Tensor) -> _Sums:
     """The sums with `rows` `[N, D]`, which it overwrites, as it does the scatter matrix."""
     mean = rows.mean(0)
     rows -= mean
-    for first in range(0, len(mean), STRIP):
-        strip = slice(first, first + STRIP)
-        sums.scatter[strip, first:].addmm_(rows[:, strip].T, rows[:, first:])
+    add_gram(sums.scatter, rows)
     return _join(sums, len(rows), mean)
+
+
+def add_gram(target: Tensor, rows: Tensor) -> Tensor:
+    """Adds rowsᵀ rows to `target` `[D, D]`, right on and above the diagonal only: little more than half of the products."""
+    for first in range(0, len(target), STRIP):
+        strip = slice(first, first + STRIP)
+        target[strip, first:].addmm_(rows[:, strip].T, rows[:, first:])
+    return target
 
 
 def _join(sums: _Sums, count: int, mean: Tensor) -> _Sums:
