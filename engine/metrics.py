@@ -248,7 +248,7 @@ def _distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> fl
 
 
 def _nuclear_norm(matrix: Tensor, tolerance: Tensor) -> Tensor:
-    """Sum of the singular values: roots of the eigenvalues of the smaller Gram matrix, which are three times as fast, where
+    """Sum of the singular values: roots of the eigenvalues of the smaller Gram matrix, up to three times as fast, where
     their error is below `tolerance`.
 
     A rounding of the largest eigenvalue may be in each of them, so that small ones lose half of their digits or all.

@@ -123,8 +123,8 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """`[D, D]`, over N − 1; ValueError for fewer than two rows."""
-        scatter = self._sums(2).scatter
-        return (scatter.triu() + scatter.triu(1).T) / (1 if self.count is None else self.count - 1)
+        upper = self._upper_covariance()
+        return upper.triu() + upper.triu(1).T
 
     @torch.no_grad()
     def factor(self) -> Tensor:
@@ -132,7 +132,7 @@ class Moments:
         if self._is_thin() and self.count > 1:
             rows = torch.cat(self._rows)
             return (rows - rows.mean(0)).T / math.sqrt(self.count - 1)
-        return factor_covariance(self.covariance())
+        return factor_covariance(self._upper_covariance().T)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the .npz file of pytorch-fid, arrays `mu` and `sigma`, with the `count` beside them."""
@@ -180,6 +180,10 @@ class Moments:
             return _add_rows(_nothing(self._rows[0][0]), torch.cat(self._rows))
         self._fold()
         return self._folded
+
+    def _upper_covariance(self) -> Tensor:
+        """The covariance on and above the diagonal."""
+        return self._sums(2).scatter / (1 if self.count is None else self.count - 1)
 
     def _fold(self) -> None:
         if self._rows:
@@ -230,7 +234,7 @@ def _join(sums: _Sums, count: int, mean: Tensor) -> _Sums:
 
 
 def factor_covariance(covariance: Tensor) -> Tensor:
-    """A `[D, r]` with A Aᵀ = `covariance` `[D, D]`, which may be singular; r is its numerical rank.
+    """A `[D, r]` with A Aᵀ = `covariance` `[D, D]`, which may be singular; r is its numerical rank. Reads the lower triangle.
 
     Cholesky's triangle where there is one, D³/3 operations; otherwise eigenvectors scaled by the roots of their eigenvalues,
     where those up to D·eps times the largest, or negative, count as 0.
