@@ -36,6 +36,7 @@ _PUBLIC = {
     "VAEConfig": "systems.vae:VAEConfig",
     "VAEPlus": "systems.two_stage:VAEPlus",
     "VAEPlusConfig": "systems.two_stage:VAEPlusConfig",
+    "fid": "metrics:fid",
     "fit": "trainer:fit",
     "frechet_distance": "metrics:frechet_distance",
     "load_data": "data:load",

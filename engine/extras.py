@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """A function was called whose optional package is not installed."""
+    """A function was called whose optional package is not installed, or does not import."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

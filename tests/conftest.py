@@ -4,7 +4,9 @@ Without a CUDA device the Triton kernels run in Triton's interpreter, on CPU ten
 imported. Uninitialised tensors from `torch.empty` hold NaN, so that an output a kernel forgot to write shows.
 """
 
+import importlib
 import os
+import sys
 
 import torch
 
@@ -45,3 +47,20 @@ def implementation(request):
         native.cpp.set_cpu_isa(before)
     else:
         yield backend, "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def pytorch_fid():
+    """`pytorch_fid.inception` where pytorch-fid is installed.
+
+    A torchvision built for another PyTorch fails at its operators, of which the networks need none: they are declared then.
+    """
+    pytest.importorskip("pytorch_fid")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for op in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("pytorch_fid.inception")
