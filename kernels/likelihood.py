@@ -195,11 +195,11 @@ def _rows(op: str, tensors: dict[str, Tensor], mask: Tensor | None,
     """x, a, b and mask as [S, N, P], in which each size is that of all or 1, and the leading axes of the result."""
     given = {**tensors, "mask": mask} if mask is not None else tensors
     x, a, *_ = tensors.values()
-    shape, dim = a.shape, a.dim()
-    # The usual call, in which the first parameter has all axes and the others its last ones: it passes the general checks.
-    if event_dims == 1 and 0 < dim <= 3 and x.dim() and all(t.shape == shape[dim - t.dim():] for t in given.values()):
-        folded = [t if t.dim() == 3 else t.view((1,) * (3 - t.dim()) + t.shape) for t in given.values()]
-        batch = dim - 1
+    shape, batch = a.shape, a.dim() - event_dims
+    # The usual call, of up to two leading axes, in which the first parameter has all axes, and the others its last ones or, but
+    # for x, none at all: it passes the general checks.
+    if 0 < event_dims <= x.dim() and 0 <= batch <= 2 and all(_is_end(t, shape, event_dims) for t in given.values()):
+        folded = [_as_rows(t, event_dims) for t in given.values()]
     else:
         shape = _common_shape(op, given, event_dims)
         batch = len(shape) - event_dims
@@ -212,6 +212,19 @@ def _rows(op: str, tensors: dict[str, Tensor], mask: Tensor | None,
         folded = [_fold(t, shape, spans) for t in padded]
     mask = folded.pop() if mask is not None else None
     return folded[0], folded[1], folded[2] if len(folded) > 2 else None, mask, shape[:batch]
+
+
+def _is_end(t: Tensor, shape: torch.Size, event_dims: int) -> bool:
+    """Whether `t` has the last axes of `shape`, all those of features among them, or is one number."""
+    dim = t.dim()
+    return t.shape == shape[len(shape) - dim:] if dim >= event_dims else dim == 0
+
+
+def _as_rows(t: Tensor, event_dims: int) -> Tensor:
+    """`t` of up to two leading axes as [S, N, P]; one number as [1, 1, 1]."""
+    leading = t.shape[:-event_dims]
+    sizes = (1,) * (2 - len(leading)) + leading + (t.shape[len(leading):].numel(),)
+    return t if t.shape == sizes else t.reshape(sizes)
 
 
 def _common_shape(op: str, tensors: dict[str, Tensor], event_dims: int) -> torch.Size:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latent_engine.bench import gmm
+from latent_engine.bench import gmm, training_steps
 from latent_engine.bench.__main__ import main
 from latent_engine.bench.report import ratio, seconds
 from latent_engine.bench.suite import OURS, run_case
@@ -38,6 +38,23 @@ def test_wrong_values_are_not_timed():
     assert ratio(result) > 0
 
 
+@pytest.mark.parametrize("preset", training_steps.OBJECTIVES)
+def test_training_steps_have_the_loss_and_gradients_of_their_plain_objectives(preset):
+    x = torch.rand(4, 1, 8, 8).round()
+    gradients = []
+    for loss, system in zip((training_steps.our_loss, training_steps.OBJECTIVES[preset]), training_steps.systems(preset, x),
+                            strict=True):
+        torch.manual_seed(2)
+        gradients.append(torch.autograd.grad(loss(system, x), list(system.parameters()), materialize_grads=True))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_training_steps_measure_the_objective_alone():
+    found = training_steps.measure("vr-max", torch.rand(4, 1, 8, 8).round(), pairs=2)
+    assert found.steps.keys() == {OURS, "plain"} and found.ratio > 0
+    assert found.share_without_noise < found.share
+
+
 def test_bound_is_the_slowest_resource():
     assert CEILINGS.bound(Work(bytes=1e10, fmas=1e10, exps=1e7)) == (1.0, "bytes")
     assert CEILINGS.bound(Work(bytes=0, fmas=1e12, exps=1e9)) == (10.0, "FMA")
@@ -64,6 +81,12 @@ def test_timings_are_quantiles_of_every_call():
 
 def test_seconds_have_units():
     assert [seconds(t) for t in (2.0, 0.0123, 4.56e-6, 7e-10)] == ["2 s", "12.3 ms", "4.56 µs", "0.0007 µs"]
+
+
+def test_unknown_training_step(capsys):
+    with pytest.raises(SystemExit):
+        training_steps.main(["nothing"])
+    assert "unknown preset 'nothing'; those with a plain objective are vae," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["gmm", "--case", "nothing"], ["--json", "/proc/nothing/run.json"]])

@@ -261,12 +261,11 @@ class VAE(AE):
         posterior = self.encode(batch.x)
         z = bounds.reparametrize(posterior, self.config.samples)
         output = self._decoder_output(z)
-        log_px_z = self.likelihood.log_prob(output, batch.x)
-        kl = self._divergence(posterior, z)
-        total = self._kl_loss(kl) - self._fit(log_px_z, output).mean()
-        with torch.no_grad():
-            log_px_z, kl = log_px_z.mean(), bounds.mean_kl(kl)
-        return {"total": total, "log_px_z": log_px_z, "kl": kl, "elbo": log_px_z - kl, **self._gamma()}
+        log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, z)
+        mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
+        total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
+        return {"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl,
+                "elbo": mean_log_px_z.detach() - mean_kl.detach(), **self._gamma()}
 
     def after_step(self, step: int) -> None:
         self.step.fill_(step)
@@ -317,22 +316,25 @@ class VAE(AE):
         """KL(q(z | x) ‖ p(z)), `[N, D]` where it has a closed form, else an estimate from log p(z) of samples, `[N]`."""
         return bounds.kl_to_normal(posterior) if log_pz is None else -bounds.entropy(posterior) - log_pz.mean(0)
 
-    def _fit(self, log_px_z: Tensor, output: Tensor) -> Tensor:
-        """What stands for log p(x | z) in the loss, `[S, N]`."""
+    def _fit(self, log_px_z: Tensor, mean_log_px_z: Tensor, output: Tensor) -> Tensor:
+        """What stands for the mean of log p(x | z) in the loss, a scalar."""
         beta = self.config.divergence_beta
         if not beta:
-            return log_px_z
+            return mean_log_px_z
         integral = self.likelihood.log_power_integral(output, 1 + beta, len(self.shape))
-        return bounds.beta_divergence_score(log_px_z, integral, beta)
+        return bounds.beta_divergence_score(log_px_z, integral, beta).mean()
 
-    def _kl_loss(self, kl: Tensor) -> Tensor:
-        """What stands for the KL in the loss, a scalar."""
+    def _kl_loss(self, kl: Tensor, mean_kl: Tensor) -> Tensor:
+        """What stands for the mean KL in the loss, a scalar."""
         config, ramp = self.config, self._ramp()
         weight = config.beta * (config.latent_dim / math.prod(self.shape) if config.normalize_beta else 1)
         if config.target_kl:
             return weight * bounds.distance_to_target(kl, ramp * config.target_kl)
-        free = bounds.free_bits if config.free_bits_per == "batch" else bounds.free_bits_per_dimension
-        return weight * ramp * (free(kl, config.free_bits) if config.free_bits else bounds.mean_kl(kl))
+        if config.free_bits:
+            free = bounds.free_bits if config.free_bits_per == "batch" else bounds.free_bits_per_dimension
+            mean_kl = free(kl, config.free_bits)
+        weight = weight * ramp
+        return mean_kl if not isinstance(weight, Tensor) and weight == 1 else weight * mean_kl
 
     def _ramp(self) -> Tensor | float:
         """From 0 to 1, by `warmup`; in evaluation mode at its end, so that losses of different epochs compare."""
