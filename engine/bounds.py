@@ -37,6 +37,8 @@ def reparametrize(posterior: Posterior, samples: int, generator: Generator | Non
     """z = μ + σ ε `[S, N, D]`, ε ~ N(0, I), differentiable in the posterior."""
     mean, log_var = posterior
     noise = torch.randn(samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    if samples == 1:  # without an axis to sum gradients over
+        return torch.addcmul(mean, (0.5 * log_var).exp(), noise[0])[None]
     return torch.addcmul(mean, (0.5 * log_var).exp(), noise)
 
 
