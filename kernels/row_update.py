@@ -132,15 +132,16 @@ def row_catch_up_(table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tens
         raise ValueError(f"{op}: history must be float64 [3, H] on {table.device}, given {history.dtype} "
                          f"{list(history.shape)} on {history.device}.")
 
-    def check_range() -> None:
-        if index is not None:
-            check_indices(op, "index", index, 0, table.shape[0])
-        check_indices(op, "step", step if index is None else step[index], now - history.shape[1], now + 1)
-
     name, written = CATCH_UP_OP.choose(table, backend), (table, exp_avg, exp_avg_sq, step)
     rows = index.sort().values if name in SORTED and index is not None else index
     args = rows, history, now, *betas, eps, catch_up_terms(betas, table.dtype)
-    _run(CATCH_UP, reference.row_catch_up_, name, written, args, args, check_range)
+    _run(CATCH_UP, reference.row_catch_up_, name, written, args, args, lambda: _check_ages(op, step, index, history, now))
+
+
+def _check_ages(op: str, step: Tensor, index: Tensor | None, history: Tensor, now: int) -> None:
+    if index is not None:
+        check_indices(op, "index", index, 0, step.shape[0])
+    check_indices(op, "step", step if index is None else step[index], now - history.shape[1], now + 1)
 
 
 def adam_history(lrs: Sequence[float], first: int, betas: tuple[float, float] = (0.9, 0.999),
@@ -248,24 +249,21 @@ def _step(op: Op, primitive: Primitive, formula: Callable, backend: str | None, 
 
 
 def _run(primitive: Primitive, formula: Callable, name: str, written: tuple[Tensor | None, ...], args: tuple,
-         formula_args: tuple, check_range: Callable[[], None]) -> None:
-    if torch.compiler.is_compiling() and name != "reference":
+         formula_args: tuple, check_ranges: Callable[[], None]) -> None:
+    if torch.is_grad_enabled():
         with torch.no_grad():
-            primitive(name, *written, *args)
-        return
+            return _run(primitive, formula, name, written, args, formula_args, check_ranges)
     if name != "cpp":
-        check_range()
+        check_ranges()
     if name == "reference":
-        with torch.no_grad():
-            formula(*written, *formula_args)
-        return
+        return formula(*written, *formula_args)
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            primitive(name, *written, *args)
+        primitive(name, *written, *args)
     except RuntimeError:
-        check_range()  # the C++ kernels look for themselves before they write, without words for what is wrong
+        check_ranges()  # the C++ kernels look for themselves before they write, without words for what is wrong
         raise
-    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+    if not torch.compiler.is_compiling() and not written[0].is_inference():
+        torch.autograd.graph.increment_version(written[0])
 
 
 def _fake(*_args) -> None:
