@@ -14,6 +14,7 @@ from .timing import Work
 
 # name: (B, N, D), a batch of B rows of N
 CASES = {"dgd-step": (32, 5000, 2), "table": (4096, 10**6, 64)}
+RANGE = 2**19  # of the rows that batches are from
 LR, BETAS, EPS, MOMENTUM = 1e-2, (0.9, 0.999), 1e-8, 0.9
 
 
@@ -21,8 +22,13 @@ def batch(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """Rows without repetition, as of an epoch, in random order; and their gradients."""
     B, N, D = CASES[case]
     generator = torch.Generator().manual_seed(0)
-    index, grad = torch.randperm(N, generator=generator)[:B], torch.randn(B, D, generator=generator)
+    index, grad = torch.randperm(min(N, RANGE), generator=generator)[:B], torch.randn(B, D, generator=generator)
     return index.to(device), grad.to(device, dtype)
+
+
+def next_batch(table: Tensor, index: Tensor) -> Tensor:
+    """Other rows at each call, in place, where a table is larger than the cache: rows that were just stepped would be in it."""
+    return index if len(table) < RANGE else index.add_(len(index)).bitwise_and_(RANGE - 1)
 
 
 def state(case: str, dtype: torch.dtype, device: str, count: int) -> tuple[Tensor, ...]:
@@ -48,12 +54,13 @@ def work(case: str, arrays: int, terms: int = 0) -> Work:
 
 
 def sgd_step(table: Tensor, velocity: Tensor, index: Tensor, grad: Tensor, backend: str | None = None) -> Tensor:
-    row_sgd_(table, velocity, index, grad, lr=LR, momentum=MOMENTUM, backend=backend)
+    row_sgd_(table, velocity, next_batch(table, index), grad, lr=LR, momentum=MOMENTUM, backend=backend)
     return table
 
 
 def plain_sgd(table: Tensor, velocity: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """As one writes it with indexing."""
+    index = next_batch(table, index)
     velocity[index] = MOMENTUM * velocity[index] - LR * grad
     table[index] += velocity[index]
     return table
@@ -61,6 +68,7 @@ def plain_sgd(table: Tensor, velocity: Tensor, index: Tensor, grad: Tensor) -> T
 
 def scattered_sgd(table: Tensor, velocity: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """With as few passes as indexing has."""
+    index = next_batch(table, index)
     move = velocity.index_select(0, index).mul_(MOMENTUM).sub_(grad, alpha=LR)
     velocity.index_copy_(0, index, move)
     return table.index_add_(0, index, move)
@@ -68,13 +76,14 @@ def scattered_sgd(table: Tensor, velocity: Tensor, index: Tensor, grad: Tensor) 
 
 def adam_step(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, index: Tensor, grad: Tensor,
               backend: str | None = None) -> Tensor:
-    row_adam_(table, mean, square, step, index, grad, lr=LR, betas=BETAS, eps=EPS, backend=backend)
+    row_adam_(table, mean, square, step, next_batch(table, index), grad, lr=LR, betas=BETAS, eps=EPS, backend=backend)
     return table
 
 
 def plain_adam(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """As one writes it with indexing."""
     beta1, beta2 = BETAS
+    index = next_batch(table, index)
     step[index] += 1
     mean[index] = beta1 * mean[index] + (1 - beta1) * grad
     square[index] = beta2 * square[index] + (1 - beta2) * grad.square()
@@ -86,6 +95,7 @@ def plain_adam(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, index:
 def scattered_adam(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """With as few passes as indexing has."""
     beta1, beta2 = BETAS
+    index = next_batch(table, index)
     t = step.index_select(0, index).add_(1)
     m = mean.index_select(0, index).lerp_(grad, 1 - beta1)
     v = square.index_select(0, index).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -98,14 +108,14 @@ def scattered_adam(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, in
 def dense_sgd(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Tensor]:
     """`torch.optim.SGD` on the whole table; its gradient is there already."""
     table, _, index, grad = tensors
-    table.grad = torch.zeros_like(table).index_add_(0, index, grad)
+    table.grad = torch.zeros_like(table).index_add_(0, next_batch(table, index), grad)
     return _stepped(torch.optim.SGD([table], lr=LR, momentum=MOMENTUM, fused=True), table)
 
 
 def dense_adam(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Tensor]:
     """`torch.optim.Adam` on the whole table; its gradient is there already."""
     table, mean, square, step, index, grad = tensors
-    table.grad = torch.zeros_like(table).index_add_(0, index, grad)
+    table.grad = torch.zeros_like(table).index_add_(0, next_batch(table, index), grad)
     optimizer = torch.optim.Adam([table], lr=LR, betas=BETAS, eps=EPS, fused=True)
     optimizer.state[table] = {"step": step[0].float(), "exp_avg": mean, "exp_avg_sq": square}
     return _stepped(optimizer, table)
@@ -128,7 +138,7 @@ def sparse_adam(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Ten
     def call() -> Tensor:
         nonlocal count
         count += 1
-        sparse = torch.sparse_coo_tensor(index[None], grad, table.shape, check_invariants=False)
+        sparse = torch.sparse_coo_tensor(next_batch(table, index)[None], grad, table.shape, check_invariants=False)
         _functional.sparse_adam([table], [sparse], [mean], [square], [count], eps=EPS, beta1=BETAS[0], beta2=BETAS[1], lr=LR,
                                 maximize=False)
         return table
@@ -145,13 +155,17 @@ def missed_steps(case: str) -> int:
 def caught_up_adam_step(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, index: Tensor, grad: Tensor,
                         history: Tensor, backend: str | None = None) -> Tensor:
     """A step of dense Adam on rows that were last seen an epoch ago."""
+    index = next_batch(table, index)
     step.index_fill_(0, index, 0)
     row_catch_up_(table, mean, square, step, index, history, now=history.shape[1], betas=BETAS, eps=EPS, backend=backend)
-    return adam_step(table, mean, square, step, index, grad, backend)
+    row_adam_(table, mean, square, step, index, grad, lr=LR, betas=BETAS, eps=EPS, backend=backend)
+    return table
 
 
 def caught_up_inputs(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    return *adam_inputs(case, dtype, device), adam_history([LR] * missed_steps(case), 1, BETAS).to(device)
+    table, mean, *rest = adam_inputs(case, dtype, device)
+    mean.fill_(1e-30)  # moves nothing, but rows of zeros would have nothing to catch up with
+    return table, mean, *rest, adam_history([LR] * missed_steps(case), 1, BETAS).to(device)
 
 
 def later_dense_adam(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Tensor]:

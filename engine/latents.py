@@ -27,7 +27,7 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 class _Behind:
-    """Attribute of a parameter: the optimizer that its rows may be behind. Pickles of the parameter are without it."""
+    """Attribute of a parameter while its rows may be behind their optimizer. Pickles of the parameter are without it."""
 
     def __init__(self, optimizer: "CatchUpAdam") -> None:
         self.optimizer = optimizer
@@ -50,11 +50,14 @@ def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtyp
     memory: after a crash they hold rows of any age, and a checkpoint, which is a copy, is what a run continues from.
 
     Raises:
-        OSError: there is no room for the file, which is claimed at once.
+        OSError: there is no room for the file, which is claimed at once (on Linux).
     """
     empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
     with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, empty.nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, empty.nbytes)
+        else:
+            file.truncate(empty.nbytes)
     return torch.from_file(os.fspath(path), shared=True, size=empty.numel(), dtype=dtype).view(empty.shape)
 
 
@@ -253,7 +256,7 @@ class CatchUpAdam(RowAdam):
             raise ValueError("CatchUpAdam: weight decay that is added to the gradient has no closed form over the steps that a "
                              "row has missed; pass decoupled_weight_decay=True, or use RowAdam.")
         for param in group["params"]:
-            param._behind = _Behind(self)
+            catch_up(param)  # with an optimizer before this one
 
     @torch.no_grad()
     def catch_up(self, param: Tensor, index: Tensor | None = None) -> None:
@@ -264,7 +267,7 @@ class CatchUpAdam(RowAdam):
         row_catch_up_(param, state["exp_avg"], state["exp_avg_sq"], state["step"], index,
                       clock.history[:, :clock.missed].to(param.device), now=clock.now, betas=clock.betas, eps=clock.eps)
         if index is None:
-            clock.missed, clock.decayed = 0, 0.0
+            clock.missed, clock.decayed, param._behind = 0, 0.0, None
 
     def end_epoch(self) -> None:
         for param in self._clocks:
@@ -288,6 +291,7 @@ class CatchUpAdam(RowAdam):
         self.catch_up(param, index)
         super()._move(param, index, grad, state, group)
         clock.tick(group["lr"], group["weight_decay"])
+        param._behind = _Behind(self)
 
 
 class EpochAdam(RowAdam):

@@ -124,6 +124,18 @@ def test_averaged_weights_are_those_of_dense_adam():
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+def test_an_optimizer_leaves_its_rows_to_the_next_one_caught_up():
+    index, table = batches(40), LatentTable(start())
+    train(CatchUpAdam(table.parameters()), table, index[:20])
+    expected = dense(torch.optim.Adam, index[:20])
+    optimizer = CatchUpAdam(table.parameters(), betas=(0.5, 0.7))
+    torch.testing.assert_close(table.h.detach(), expected, rtol=1e-12, atol=1e-12)
+    train(optimizer, table, index[20:], 20)
+    other = nn.Parameter(expected)
+    train(torch.optim.Adam([other], betas=(0.5, 0.7)), lambda rows: other[rows], index[20:], 20)
+    torch.testing.assert_close(table.z, other.detach(), rtol=1e-11, atol=1e-11)
+
+
 def test_loaded_rows_do_not_make_the_moves_of_those_before_them():
     table = LatentTable(start())
     train(CatchUpAdam(table.parameters()), table, batches(5))
