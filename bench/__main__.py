@@ -9,7 +9,7 @@ from .report import print_result, print_summary, write_json, write_plot
 from .suite import run_case
 from .timing import measure_ceilings
 
-SUITES = ("gmm", "pairwise_kl", "mmd", "mmd_normal", "importance", "likelihood", "logistic_mixture")
+SUITES = ("gmm", "pairwise_kl", "mmd", "mmd_normal", "importance", "likelihood", "logistic_mixture", "row_update")
 
 
 def main(arguments: list[str] | None = None) -> int:

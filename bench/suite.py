@@ -36,6 +36,8 @@ class Suite:
     constant: int = 0  # trailing inputs that need no gradient
     direct: bool = False  # the op gives value and gradients itself, without autograd
     exact: Callable | None = None  # the formula of the truth, where the op's reference does not fit memory
+    in_place: bool = False  # the op writes to its inputs: each peer has its own
+    builders: dict[str, Callable] = field(default_factory=dict)  # peers `(tensors, backward) -> call`
 
 
 @dataclass
@@ -72,7 +74,7 @@ def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Cei
     exact = _exact(suite, case, backward, device)
     calls, outputs = {}, {}
     for name, build in _peers(suite, case, device, compiled, result).items():
-        call = build(tensors, backward)
+        call = build(tuple(t.clone() for t in tensors) if suite.in_place else tensors, backward)
         outputs[name] = call()
         calls[name] = call
     result.errors = {name: _error(output, exact) for name, output in outputs.items()}
@@ -102,6 +104,7 @@ def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result)
         peers["keops"] = _builder(suite, suite.keops)
     elif suite.keops:
         result.skipped["keops"] = "not installed"
+    peers |= suite.builders
     for name, peer in suite.jax.items():
         if device == "cpu" and importlib.util.find_spec("jax"):
             peers[name] = peer()

@@ -14,8 +14,10 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,9 @@ class Best:
     score: float
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes `path` in one piece: whoever looks sees the old content or all of the new.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write what becomes `path` in one piece: whoever looks sees the old content or all of the new.
 
     Raises:
         OSError: it cannot be written, with the path and the reason as message; what was there is still there.
@@ -52,9 +55,8 @@ def write_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
+            yield partial
+            with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
     except OSError:
@@ -62,6 +64,11 @@ def write_file(path: Path, content: bytes) -> None:
             partial.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -83,7 +90,13 @@ def read_json(path: Path, *keys: str) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    write_file(path, safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()}))
+    """From where they are, without a copy in memory."""
+    with replacing(path) as partial:
+        try:
+            safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else error) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -326,6 +339,10 @@ def load_optimizer_tensors(system: nn.Module, optimizers: dict[str, torch.optim.
         if name not in params:
             raise CheckpointError(f"{path} holds {full_name}, which no optimizer of this system has.")
         optimizer, param = params[name]
+        own = optimizer.state[param].get(key)
+        if own is not None and own.numel() == value.numel():
+            own.copy_(value.reshape(own.shape))
+            continue
         # Fused optimizers read state and parameter by the same strides; a file has none.
         like = torch.empty_like(param) if value.shape == param.shape else torch.empty_like(value, device=param.device)
         optimizer.state[param][key] = like.copy_(value)

@@ -28,14 +28,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer of one child: Adam or SGD of PyTorch, or their twins for the rows of a latent table (`latents`)."""
+    """Optimizer of one child: Adam or SGD of PyTorch, or their twins for the rows of a latent table (`latents`).
 
-    name: Literal["adam", "sgd", "row_adam", "row_sgd"]
+    row_sgd is that of the DGD's paper, row_adam is lazy, row_adam_catch_up is dense Adam at the cost of the rows that are
+    read, and row_adam_epoch takes one step an epoch, as the published DGD packages do.
+    """
+
+    name: Literal["adam", "sgd", "row_adam", "row_adam_catch_up", "row_adam_epoch", "row_sgd"]
     lr: float
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # added to the gradient; of row_adam_catch_up decoupled from it (AdamW)
     momentum: float = 0.0  # of sgd and row_sgd
-    betas: tuple[float, float] = (0.9, 0.999)  # of adam and row_adam
-    eps: float = 1e-8  # of adam and row_adam
+    betas: tuple[float, float] = (0.9, 0.999)  # of the Adams
+    eps: float = 1e-8  # of the Adams
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "momentum", "eps"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import RunDirectory, describe
 from .data import Data, batch_order
-from .latents import LatentTable, RowAdam, RowSGD
+from .latents import CatchUpAdam, EpochAdam, LatentTable, RowAdam, RowOptimizer, RowSGD, catch_up
 from .logs import Progress
 from .system import Batch, OptimizerConfig, Phase, System
 from .validation import Means, Validation, on_device, reseed, validation_rows
@@ -30,6 +30,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], OptimizerConfig], torch.optim.
     "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True),
     "sgd": lambda p, c: torch.optim.SGD(p, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, fused=True),
     "row_adam": lambda p, c: RowAdam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay),
+    "row_adam_catch_up": lambda p, c: CatchUpAdam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay),
+    "row_adam_epoch": lambda p, c: EpochAdam(p, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay),
     "row_sgd": lambda p, c: RowSGD(p, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay),
 }
 
@@ -206,6 +208,8 @@ class _Average:
     @torch.no_grad()
     def update(self) -> None:
         if self.params:
+            for param in self.params.values():
+                catch_up(param)
             torch._foreach_lerp_(list(self.tensors.values()), list(self.params.values()), 1 - self.decay)
 
     def swap(self) -> None:
@@ -256,6 +260,9 @@ class _Loop:
             self.system.after_step(step)
             self.average.update()
             tick()
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, RowOptimizer):
+                optimizer.end_epoch()
         self.system.after_epoch(epoch)
         return {key: value for phase, mean in means.items()
                 for key, value in mean.read(f"{phase}/" if self.has_players else "").items()}

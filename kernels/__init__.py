@@ -22,10 +22,12 @@ from .mmd import kernel_sums, mmd2
 from .mmd_normal import mmd2_to_normal
 from .mmd_two_sample import median_heuristic, mmd_witness, two_sample_test
 from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
+from .row_update import adam_history, row_adam_, row_catch_up_, row_sgd_
 
 __all__ = [
     "BackendError",
     "ImportanceAccumulator",
+    "adam_history",
     "backend_matrix",
     "bernoulli_log_prob",
     "discretized_logistic_log_prob",
@@ -49,6 +51,9 @@ __all__ = [
     "pairwise_kl",
     "pairwise_kl_diversity",
     "pareto_k",
+    "row_adam_",
+    "row_catch_up_",
+    "row_sgd_",
     "set_backend",
     "two_sample_test",
     "use_backend",

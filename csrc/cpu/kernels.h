@@ -9,6 +9,7 @@
 #include "mmd.h"
 #include "mmd_normal.h"
 #include "pairwise_kl.h"
+#include "row_update.h"
 
 namespace latent_engine {
 
@@ -29,6 +30,7 @@ struct Kernels {
   ImportanceKernels<T> importance;
   LikelihoodKernels<T> likelihood[kLikelihoods];
   LogisticMixtureKernels<T> logistic_mixture;
+  RowUpdateKernels<T> row_update;
 };
 
 #define LATENT_DECLARE_LEVEL(level)       \

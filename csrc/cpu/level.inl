@@ -14,6 +14,7 @@
 #include "mmd_profiles.inl"
 #include "mmd.inl"
 #include "mmd_normal.inl"
+#include "row_update.inl"
 
 template <class T>
 static constexpr Kernels<T> level_kernels() {
@@ -25,7 +26,8 @@ static constexpr Kernels<T> level_kernels() {
           importance_kernels<T>(),
           {likelihood_kernels<Bernoulli, T>(), likelihood_kernels<Gaussian, T>(),
            likelihood_kernels<DiscretizedLogistic, T>(), likelihood_kernels<NegativeBinomial, T>()},
-          logistic_mixture_kernels<T>()};
+          logistic_mixture_kernels<T>(),
+          row_update_kernels<T>()};
 }
 
 extern const Kernels<float> kernels_f = level_kernels<float>();

@@ -62,13 +62,6 @@ static void mmd_pack_profile(MmdProfile<T>& p, const double* scales, double unit
   if (p.kernel == MmdKernel::imq) mmd_pack_rational(p, exact, memory + 2 * S, memory + 3 * S, memory + 4 * S + 1);
 }
 
-template <class T>
-static inline Vec<T> mmd_sqrt(Vec<T> x) {
-  Vec<T> y;
-  for (int i = 0; i < kLanes<T>; ++i) y[i] = sizeof(T) == 4 ? __builtin_sqrtf(x[i]) : __builtin_sqrt(x[i]);
-  return y;
-}
-
 // The profiles: f = k(u) and, if `with_slope`, g = −dk/du, for v vectors of squared distances.
 struct MmdGaussian {
   template <bool with_slope, class T, int v>
@@ -88,7 +81,7 @@ struct MmdLaplacian {
   static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
 #pragma GCC unroll 4
     for (int i = 0; i < v; ++i) {
-      const Vec<T> r = mmd_sqrt<T>(u[i]);
+      const Vec<T> r = square_root<T>(u[i]);
       for (int64_t s = 0; s < p.scales; ++s) {
         const Vec<T> e = exp<T>(-r * p.rates[s]);
         f[i] += e;
@@ -104,7 +97,7 @@ struct MmdEnergy {
   static inline void at(const MmdProfile<T>&, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
 #pragma GCC unroll 4
     for (int i = 0; i < v; ++i) {
-      const Vec<T> r = mmd_sqrt<T>(u[i]);
+      const Vec<T> r = square_root<T>(u[i]);
       f[i] = -r;
       if (with_slope) g[i] = u[i] == T(0) ? Vec<T>{} : T(0.5) / r;
     }

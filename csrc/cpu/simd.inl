@@ -114,6 +114,13 @@ static inline Vec<T> log(Vec<T> x) {
   return x == kInf<T> ? x : y;
 }
 
+template <class T>
+static inline Vec<T> square_root(Vec<T> x) {
+  Vec<T> y;
+  for (int i = 0; i < kLanes<T>; ++i) y[i] = sizeof(T) == 4 ? __builtin_sqrtf(x[i]) : __builtin_sqrt(x[i]);
+  return y;
+}
+
 // y = f(x) over n values; x and y may be the same.
 template <class T, Vec<T> (*f)(Vec<T>)>
 static void apply(const T* x, T* y, int64_t n) {

@@ -85,6 +85,8 @@ class DGD(System):
     `decoder` maps `[N, latent_dim]` to logits or means `[N, C, H, W]`; left out, it is the paper's for 28×28 images and
     fully connected for others.
     `labels` `[rows]` are those of the training samples (−1 or left out: unknown), for `latent_init="prior"`.
+    `latents` `[rows, latent_dim]` is a table of representations to start from, e.g. one in a file (`latents.mapped`), instead
+    of one by `latent_init`.
     Children: `decoder`, `latents` (the table of representations), `prior`.
     """
 
@@ -94,16 +96,19 @@ class DGD(System):
     local = ("latents",)
 
     def __init__(self, config: DGDConfig, rows: int, shape: Sequence[int], decoder: nn.Module | None = None,
-                 labels: Tensor | None = None) -> None:
+                 labels: Tensor | None = None, latents: LatentTable | None = None) -> None:
         super().__init__()
         _check_config(config)
+        if latents is not None and latents.h.shape != (rows, config.latent_dim):
+            raise ValueError(f"latents must be a table of [rows, latent_dim] = {[rows, config.latent_dim]}, given "
+                             f"{list(latents.h.shape)}.")
         self.config, self.rows, self.shape = config, rows, tuple(shape)
         self.decoder = decoder or decoder_for(config.latent_dim, shape)
         self.prior = StandardNormal(config.latent_dim) if config.prior == "normal" else GaussianMixturePrior(
             config.components, config.latent_dim, covariance=config.covariance, classes=config.classes,
             radius=config.ball_radius, hardness=config.ball_hardness, concentration=config.dirichlet,
             log_precision_mean=config.log_precision_mean, log_precision_std=config.log_precision_std)
-        self.latents = LatentTable(self._start(labels), config.latent_transform)
+        self.latents = latents or LatentTable(self._start(labels), config.latent_transform)
         self.likelihood = Bernoulli() if config.likelihood == "bernoulli" else Gaussian(config.std)
 
     @classmethod
@@ -207,7 +212,7 @@ class DGD(System):
 
     def _candidates(self, rows: int) -> Tensor:
         """Starts of inference before g: the component means and about `rows` training representations."""
-        h = self.latents.h.detach()
+        h = self.latents.learned
         chosen = h[:: max(1, self.rows // rows)] if rows else h[:0]
         use_means = self.config.latent_transform == "identity"
         return torch.cat([self.prior.means.detach(), chosen]) if use_means else chosen
