@@ -17,7 +17,7 @@ def checked_floats(op: str, like: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     if _are_alike(given):
         return given
     tensors = _working_precision(op, tensors)
-    _check_floats(op, like, tensors)
+    check_floats(op, like, tensors)
     return tuple(tensors.values())
 
 
@@ -34,7 +34,7 @@ def _are_alike(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _working_precision(op: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `tensors`, converted. Beside float64 half-precision ones stay what they are, for `_check_floats` to say so."""
+    """The `tensors`, converted. Beside float64 half-precision ones stay what they are, for `check_floats` to say so."""
     name, first = next(iter(tensors.items()))
     if not isinstance(first, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, given {type(first).__name__}.")
@@ -48,8 +48,11 @@ def _working_precision(op: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return {n: t.float() if isinstance(t, Tensor) and t.dtype in HALF and t is not kept else t for n, t in tensors.items()}
 
 
-def _check_floats(op: str, like: str, tensors: dict[str, Tensor]) -> None:
-    """Half-precision tensors pass beside float32 ones: kernels read them as float32."""
+def check_floats(op: str, like: str, tensors: dict[str, Tensor]) -> None:
+    """Floating point all, of one device and of the dtype of the one called `like`.
+
+    Half-precision tensors pass beside float32 ones: kernels read them as float32.
+    """
     standard = tensors[like]
     if not isinstance(standard, Tensor) or not standard.is_floating_point():
         given = standard.dtype if isinstance(standard, Tensor) else type(standard).__name__

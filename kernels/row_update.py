@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import check_floats, check_indices, check_shape
+from .checks import FULL, check_floats, check_indices, check_shape
 from .library import Primitive
 from .reference import row_update as reference
 
-DTYPES = (torch.float32, torch.float64)
 SORTED = ("cuda", "triton")  # backends that take the index sorted; the C++ kernels sort for themselves
 
 
@@ -187,7 +186,7 @@ def _check_betas(op: str, betas: tuple[float, float]) -> None:
 
 def _check_rows(op: str, table: Tensor, **others: Tensor | None) -> None:
     """What is written to: float32 or float64 [N, D], all of one shape, the elements of a row next to one another."""
-    if isinstance(table, Tensor) and table.dim() == 2 and table.dtype in DTYPES and table.is_contiguous():
+    if isinstance(table, Tensor) and table.dim() == 2 and table.dtype in FULL and table.is_contiguous():
         dtype, device, shape = table.dtype, table.device, table.shape
         for tensor in others.values():
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.dtype is dtype and tensor.shape == shape
@@ -196,8 +195,8 @@ def _check_rows(op: str, table: Tensor, **others: Tensor | None) -> None:
         else:
             return
     written = {"table": table, **{name: tensor for name, tensor in others.items() if tensor is not None}}
-    check_floats(op, **written)
-    if table.dtype not in DTYPES:
+    check_floats(op, "table", written)
+    if table.dtype not in FULL:
         raise TypeError(f"{op}: table must be float32 or float64, given {table.dtype}.")
     if table.dim() != 2:
         raise ValueError(f"{op}: table must have shape [N, D], given {list(table.shape)}.")
@@ -223,7 +222,7 @@ def _check_gradient(op: str, table: Tensor, index: Tensor, grad: Tensor) -> tupl
     """`index` and `grad` as the kernels read them."""
     index = _check_index(op, table, index)
     if not (isinstance(grad, Tensor) and grad.dtype is table.dtype and grad.device == table.device):
-        check_floats(op, table=table, grad=grad)
+        check_floats(op, "table", {"table": table, "grad": grad})
         grad = grad.to(table.dtype)
     check_shape(op, "grad", grad, (index.shape[0], table.shape[1]), "[B, D] of index[B] and table[N, D]")
     return index, grad.contiguous()
@@ -282,7 +281,7 @@ CATCH_UP = Primitive("row_update", "row_catch_up_", "(Tensor(a!) table, Tensor(b
                      "int terms) -> ()", _fake)
 
 SUPPORT = {
-    "cpp": Support(("cpu",), DTYPES),
+    "cpp": Support(("cpu",), FULL),
     "triton": Support(("cuda",), (torch.float32,)),
     "cuda": Support(("cuda",), (torch.float32,)),
 }
