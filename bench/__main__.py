@@ -5,11 +5,15 @@ import importlib
 import sys
 from pathlib import Path
 
+from latent_engine.kernels import reference
+
 from .report import print_result, print_summary, write_json, write_plot
 from .suite import run_case
 from .timing import measure_ceilings
 
-SUITES = ("gmm", "pairwise_kl", "mmd", "mmd_normal", "importance", "likelihood", "logistic_mixture", "row_update")
+# The files here that are named after an op, which has its reference in a file of that name.
+SUITES = tuple(sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")}
+                      & {path.stem for path in Path(reference.__file__).parent.glob("*.py")}))
 
 
 def main(arguments: list[str] | None = None) -> int:

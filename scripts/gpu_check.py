@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "build" / "gpu_check" / "latent_engine"
 LIMIT = 480  # seconds a part, the build among them
-OPS = ("gmm", "pairwise_kl", "mmd", "mmd_normal", "importance", "likelihood", "logistic_mixture", "row_update")
+OPS = tuple(sorted(path.stem.removeprefix("test_gpu_") for path in (ROOT / "tests").glob("test_gpu_*.py")))
 TESTS = (*(f"test_{op}.py" for op in OPS), *(f"test_gpu_{op}.py" for op in OPS), "test_cuda_build.py", "test_triton_aot.py")
 
 
