@@ -1,4 +1,4 @@
-"""Cases and peers of the row updates: a step on the rows of a mini-batch, against dense optimizers, SparseAdam and indexing."""
+"""Cases and peers of the row updates: a step on the rows of a batch, against dense optimizers, SparseAdam and indexing."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def batch(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
 
 
 def next_batch(table: Tensor, index: Tensor) -> Tensor:
-    """Other rows at each call, in place, where a table is larger than the cache: rows that were just stepped would be in it."""
+    """Other rows at each call, in place, where a table is larger than the cache: rows just stepped would be in it."""
     return index if len(table) < RANGE else index.add_(len(index)).bitwise_and_(RANGE - 1)
 
 
