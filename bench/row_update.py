@@ -1,4 +1,4 @@
-"""Cases and peers of the row updates: a step on the rows of a mini-batch, against dense optimizers, SparseAdam and indexing."""
+"""Cases and peers of the row updates: a step on the rows of a batch, against dense optimizers, SparseAdam and indexing."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def batch(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
 
 
 def next_batch(table: Tensor, index: Tensor) -> Tensor:
-    """Other rows at each call, in place, where a table is larger than the cache: rows that were just stepped would be in it."""
+    """Other rows at each call, in place, where a table is larger than the cache: rows just stepped would be in it."""
     return index if len(table) < RANGE else index.add_(len(index)).bitwise_and_(RANGE - 1)
 
 
@@ -106,23 +106,23 @@ def scattered_adam(table: Tensor, mean: Tensor, square: Tensor, step: Tensor, in
 
 
 def dense_sgd(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Tensor]:
-    """`torch.optim.SGD` on the whole table; its gradient is there already."""
+    """`torch.optim.SGD` on the whole table."""
     table, _, index, grad = tensors
-    table.grad = torch.zeros_like(table).index_add_(0, next_batch(table, index), grad)
-    return _stepped(torch.optim.SGD([table], lr=LR, momentum=MOMENTUM, fused=True), table)
+    return _dense_steps(torch.optim.SGD([table], lr=LR, momentum=MOMENTUM, fused=True), table, index, grad)
 
 
 def dense_adam(tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], Tensor]:
-    """`torch.optim.Adam` on the whole table; its gradient is there already."""
+    """`torch.optim.Adam` on the whole table."""
     table, mean, square, step, index, grad = tensors
-    table.grad = torch.zeros_like(table).index_add_(0, next_batch(table, index), grad)
     optimizer = torch.optim.Adam([table], lr=LR, betas=BETAS, eps=EPS, fused=True)
     optimizer.state[table] = {"step": step[0].float(), "exp_avg": mean, "exp_avg_sq": square}
-    return _stepped(optimizer, table)
+    return _dense_steps(optimizer, table, index, grad)
 
 
-def _stepped(optimizer: torch.optim.Optimizer, table: Tensor) -> Callable[[], Tensor]:
+def _dense_steps(optimizer: torch.optim.Optimizer, table: Tensor, index: Tensor, grad: Tensor) -> Callable[[], Tensor]:
+    """Steps with the gradient of the whole table as the backward pass of indexing makes it."""
     def call() -> Tensor:
+        table.grad = torch.zeros_like(table).index_add_(0, next_batch(table, index), grad)
         optimizer.step()
         return table
 

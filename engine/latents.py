@@ -253,8 +253,8 @@ class CatchUpAdam(RowAdam):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            raise ValueError("CatchUpAdam: weight decay that is added to the gradient has no closed form over the steps that a "
-                             "row has missed; pass decoupled_weight_decay=True, or use RowAdam.")
+            raise ValueError("CatchUpAdam: weight decay that is added to the gradient has no closed form over the steps that "
+                             "a row has missed; pass decoupled_weight_decay=True, or use RowAdam.")
         for param in group["params"]:
             catch_up(param)  # with an optimizer before this one
 

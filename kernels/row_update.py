@@ -18,8 +18,8 @@ a row, by which its moments decay and it moves on. `row_catch_up_` makes up for 
     z_i ← z_i − m_i Σ_{j=1..n} η_{t_i+j} β1^j / (1 − β1^{t_i+j}) / (√v_i β2^{j/2} / √(1 − β2^{t_i+j}) + ε)
     m_i ← β1^n m_i        v_i ← β2^n v_i        t_i ← t_i + n
 
-The weights of the sum are a row's, not an element's: a term costs one division. Terms fall at least as (β1 / √β2)^j, so the sum
-ends where its rest is below the rounding of what it has: after 188 terms in float32 for betas of 0.9 and 0.999.
+The weights of the sum are a row's, not an element's: a term costs one division. Terms fall at least as (β1 / √β2)^j, so the
+sum ends where its rest is below the rounding of what it has: after 188 terms in float32 for betas of 0.9 and 0.999.
 
 Weight decay λ is added to the gradient, g + λ z, or decoupled from it (Loshchilov & Hutter 2019): z ← (1 − η λ) z first. Under
 catch-up only the latter has a closed form: by the products of 1 − η λ over the steps that a row has missed.
@@ -273,8 +273,8 @@ def _fake(*_args) -> None:
 SGD = Primitive("row_update", "row_sgd_", "(Tensor(a!) table, Tensor(b!)? velocity, Tensor index, Tensor? order, Tensor grad, "
                 "float lr, float momentum, float weight_decay, bool decoupled) -> ()", _fake)
 ADAM = Primitive("row_update", "row_adam_", "(Tensor(a!) table, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
-                 "Tensor index, Tensor? order, Tensor grad, float lr, float beta1, float beta2, float eps, float weight_decay, "
-                 "bool decoupled) -> ()", _fake)
+                 "Tensor index, Tensor? order, Tensor grad, float lr, float beta1, float beta2, float eps, "
+                 "float weight_decay, bool decoupled) -> ()", _fake)
 # `terms` moves of a row at most; on CUDA `index` is sorted.
 CATCH_UP = Primitive("row_update", "row_catch_up_", "(Tensor(a!) table, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
                      "Tensor(d!) step, Tensor? index, Tensor history, int now, float beta1, float beta2, float eps, "

@@ -3,7 +3,7 @@
     python scripts/mapped_table.py FOLDER [--rows 10000000] [--dim 64] [--steps 300] [--memory 1.5]
 
 10⁷ rows of 64 dimensions and their state are 7.7 GB in FOLDER, which are deleted at the end. `--memory` is the limit in GB on
-what the process may allocate (RLIMIT_DATA; pages of the files belong to the system, which writes them back when it needs room).
+what the process may allocate (RLIMIT_DATA; pages of the files belong to the system, which writes them back to make room).
 The loss pulls each row to a point of its own, so that the result is checked too.
 """
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels of the row updates run on the host through an emulation of blocks; Triton's are among the implementations of
-test_row_update.py."""
+"""The CUDA kernels of the row updates run on the host through an emulation of blocks; Triton's are among the implementations
+of test_row_update.py."""
 
 import ctypes
 

@@ -300,7 +300,7 @@ GOOD = {"table": torch.zeros(4, 3), "velocity": torch.zeros(4, 3), "index": torc
     ({"grad": torch.ones(2, 3, device="meta")}, ValueError, "grad is on meta but table is on cpu"),
     ({"table": torch.zeros(12)}, ValueError, r"table must have shape \[N, D\], given \[12\]"),
     ({"table": torch.zeros(4, 3).half()}, TypeError, "velocity is torch.float32 but table is torch.float16"),
-    ({"table": torch.zeros(4, 3).half(), "velocity": None}, TypeError, "table must be float32 or float64, given torch.float16"),
+    ({"table": torch.zeros(4, 3).half(), "velocity": None}, TypeError, "must be float32 or float64, given torch.float16"),
     ({"table": torch.zeros(4, 3).int()}, TypeError, "table must be a floating-point tensor, given torch.int32"),
     ({"table": torch.zeros(3, 4).mT}, ValueError, r"elements of a row of table must lie next to .* strides \(1, 4\)"),
     ({"velocity": torch.zeros(1, 3).expand(4, 3)}, ValueError, r"row of velocity must lie next to .* strides \(0, 1\)"),

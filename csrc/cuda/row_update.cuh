@@ -1,5 +1,5 @@
-// The row updates on CUDA; the maths is in kernels/row_update.py. A thread has one element of a row, or every LANES-th. The index
-// is sorted: the first position of each row sums that row's gradients and writes it, so nothing is added atomically.
+// The row updates on CUDA; the maths is in kernels/row_update.py. A thread has one element of a row, or every lanes-th. The
+// index is sorted: the first position of each row sums that row's gradients and writes it, so nothing is added atomically.
 #pragma once
 
 #include "launch.cuh"

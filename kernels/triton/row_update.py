@@ -178,9 +178,9 @@ def row_catch_up_(table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tens
     if B and D and history.shape[1]:
         with torch.cuda.device_of(table):
             _catch_up[(triton.cdiv(B, shape["BLOCK_N"]),)](
-                table, exp_avg, exp_avg_sq, step, rows, history, B, D, table.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0),
-                history.stride(0), now - history.shape[1] + 1, now, terms, _log2(beta1), _log2(beta2), eps,
-                HAS_INDEX=index is not None, **shape, num_warps=NUM_WARPS)
+                table, exp_avg, exp_avg_sq, step, rows, history, B, D, table.stride(0), exp_avg.stride(0),
+                exp_avg_sq.stride(0), history.stride(0), now - history.shape[1] + 1, now, terms, _log2(beta1), _log2(beta2),
+                eps, HAS_INDEX=index is not None, **shape, num_warps=NUM_WARPS)
             _set_steps[(triton.cdiv(B, STEPS),)](step, rows, B, now, HAS_INDEX=index is not None, IS_ONE_MORE=False,
                                                  BLOCK_N=STEPS, num_warps=NUM_WARPS)
 
