@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from torch import Tensor
 
 from latent_engine.kernels import BackendError, gmm_log_prob, native
@@ -218,29 +219,16 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter is too slow for sizes that need several blocks")
-    inputs, before = mixture(3000, 150, 17, device=device), torch.get_num_threads()
+    inputs = mixture(3000, 150, 17, device=device)
     grad = torch.randn(3000, generator=torch.Generator().manual_seed(1)).to(device)
-    first = run(inputs, grad, backend=backend)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for a, b in zip(run(inputs, grad, backend=backend), first, strict=True):
-                assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(before)
+    same_at_any_threads(lambda: run(inputs, grad, backend=backend))
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [t for size in SIZES for dtype in (torch.float32, torch.float64)
-                            for t in run(mixture(*size, dtype), torch.ones(size[0], dtype=dtype), backend="cpp")]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    same_at_avx2_and_avx512(lambda: [
+        t for size in SIZES for dtype in (torch.float32, torch.float64)
+        for t in run(mixture(*size, dtype), torch.ones(size[0], dtype=dtype), backend="cpp")])
 
 
 @pytest.mark.parametrize("size", [(1_000_000, 3, 2), (3, 10_000, 5), (700, 1500, 8)], ids=lambda s: f"N{s[0]}-K{s[1]}-D{s[2]}")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from scipy.special import logsumexp
 from torch import Tensor
 
@@ -260,17 +261,9 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
     if interpreted(implementation):
         pytest.skip("the interpreter is too slow for sizes that need several blocks")
-    before = torch.get_num_threads()
     inputs = samples(600, 50, 33, device=device)
     grad = torch.randn(50, generator=torch.Generator().manual_seed(1)).to(device)
-    first = run(inputs, grad, backend=backend)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for a, b in zip(run(inputs, grad, backend=backend), first, strict=True):
-                assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(before)
+    first = same_at_any_threads(lambda: run(inputs, grad, backend=backend))
     expected = run([t.double() for t in inputs], grad.double(), backend="reference")
     for name, a, e in zip(("value", *NAMES), first, expected, strict=True):
         assert (a - e).norm() <= 1e-5 * e.norm(), name
@@ -288,17 +281,11 @@ def test_gradients_too_large_for_the_cache(implementation):
         assert (a - e).norm() <= 1e-5 * e.norm(), name
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [t for size in SIZES for dtype in (torch.float32, torch.float64) for options in OPTIONS[:3]
-                            for t in run(samples(*size, dtype), torch.ones(size[1], dtype=dtype), backend="cpp", **options)]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    same_at_avx2_and_avx512(lambda: [
+        t for size in SIZES for dtype in (torch.float32, torch.float64) for options in OPTIONS[:3]
+        for t in run(samples(*size, dtype), torch.ones(size[1], dtype=dtype), backend="cpp", **options)])
 
 
 def test_half_precision_and_autocast_give_float32(implementation):

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from scipy import stats
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from latent_engine.kernels import (
     discretized_logistic_log_prob,
     gaussian_log_prob,
     logistic_mixture_log_prob,
-    native,
     negative_binomial_log_prob,
 )
 
@@ -289,31 +289,16 @@ def test_only_needed_gradients(implementation, kind):
 def test_same_bits_every_time_at_any_number_of_threads(implementation, kind):
     backend, device = implementation
     skip_interpreter(backend, device)
-    inputs, before = draw(kind, 7, 60, 1003, device=device, shared=(1003,)), torch.get_num_threads()
+    inputs = draw(kind, 7, 60, 1003, device=device, shared=(1003,))
     grad = torch.randn(7, 60, generator=torch.Generator().manual_seed(1)).to(device)
-    first = run(kind, inputs, grad, backend=backend)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for a, b in zip(run(kind, inputs, grad, backend=backend), first, strict=True):
-                assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(before)
+    same_at_any_threads(lambda: run(kind, inputs, grad, backend=backend))
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [t for kind, size, dtype in itertools.product(range(4), SIZES, (torch.float32, torch.float64))
-                            for shared in ((), size)
-                            for t in run(kind, draw(kind, *size, dtype, shared=shared), torch.ones(size[:2], dtype=dtype),
-                                         backend="cpp")]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    same_at_avx2_and_avx512(lambda: [
+        t for kind, size, dtype in itertools.product(range(4), SIZES, (torch.float32, torch.float64)) for shared in ((), size)
+        for t in run(kind, draw(kind, *size, dtype, shared=shared), torch.ones(size[:2], dtype=dtype), backend="cpp")])
 
 
 @KINDS

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from torch import Tensor
 
 from latent_engine.kernels import BackendError, explain, kernel_sums, mmd2, native
@@ -226,31 +227,19 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
     if interpreted(backend, device):
         pytest.skip("too slow in the interpreter")
-    inputs, before = samples(700, 500, 17, device=device), torch.get_num_threads()
-    first = run(inputs, backend=backend)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(run(inputs, backend=backend), first, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    inputs = samples(700, 500, 17, device=device)
+    first = same_at_any_threads(lambda: run(inputs, backend=backend))
     x, y = (t.double() for t in inputs)
     expected = run([x, y], backend="reference")
     for name, a, e in zip(("value", "x", "y"), first, expected, strict=True):
         assert (a - e).norm() <= 1e-5 * e.norm(), name
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [t for size in SIZES for dtype in (torch.float32, torch.float64) for kernel in KERNELS
-                            for t in run(samples(*size, dtype), kernel=kernel, backend="cpp")]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    same_at_avx2_and_avx512(lambda: [
+        t for size in SIZES for dtype in (torch.float32, torch.float64) for kernel in KERNELS
+        for t in run(samples(*size, dtype), kernel=kernel, backend="cpp")])
 
 
 def test_half_precision_gives_float32(implementation):

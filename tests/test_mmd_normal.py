@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from scipy import integrate
 from torch import Tensor
 
@@ -234,28 +235,16 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation, kind):
     backend, device = implementation
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter is too slow for sizes that need several blocks")
-    inputs, before = sample(kind, 700 if kind == "points" else 200, 9, device=device), torch.get_num_threads()
-    first = run(inputs, backend=backend)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(run(inputs, backend=backend), first, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    inputs = sample(kind, 700 if kind == "points" else 200, 9, device=device)
+    same_at_any_threads(lambda: run(inputs, backend=backend))
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [t for size in (*SIZES, (600, 4)) for dtype in (torch.float32, torch.float64)
-                            for kind, kernel, estimator in CASES if size[0] < 600 or kind == "points"
-                            for t in run(sample(kind, *size, dtype), kernel=kernel, estimator=estimator, backend="cpp")]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    same_at_avx2_and_avx512(lambda: [
+        t for size in (*SIZES, (600, 4)) for dtype in (torch.float32, torch.float64)
+        for kind, kernel, estimator in CASES if size[0] < 600 or kind == "points"
+        for t in run(sample(kind, *size, dtype), kernel=kernel, estimator=estimator, backend="cpp")])
 
 
 def test_half_precision_gives_float32(implementation):

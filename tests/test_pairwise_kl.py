@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, Normal, kl_divergence
 from torch.nn.functional import softplus
@@ -216,32 +217,16 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter is too slow for sizes that need several blocks")
-    before = torch.get_num_threads()
-    try:
-        for size in ((1100, 2), (90, 60), (700, 40)):
-            inputs, grad = posteriors(*size, device=device), torch.ones(size[1], device=device)
-            first = run(inputs, grad, backend)
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                for name, t in run(inputs, grad, backend).items():
-                    assert torch.equal(t, first[name]), name
-            torch.set_num_threads(before)
-    finally:
-        torch.set_num_threads(before)
+    sizes = (1100, 2), (90, 60), (700, 40)
+    same_at_any_threads(lambda: [t for size in sizes for t in run(
+        posteriors(*size, device=device), torch.ones(size[1], device=device), backend).values()])
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [run(posteriors(*size, dtype), torch.ones(size[1], dtype=dtype), "cpp")
-                            for size in (*SIZES, (1100, 2)) for dtype in (torch.float32, torch.float64)]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    for a, b in zip(results["avx2"], results["avx512"], strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a), [name for name in a if not torch.equal(a[name], b[name])]
+    same_at_avx2_and_avx512(lambda: [
+        t for size in (*SIZES, (1100, 2)) for dtype in (torch.float32, torch.float64)
+        for t in run(posteriors(*size, dtype), torch.ones(size[1], dtype=dtype), "cpp").values()])
 
 
 def test_blocks_of_rows_and_splits_of_columns():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bits import needs_avx512, same_at_any_threads, same_at_avx2_and_avx512
 from torch import Tensor
 
 from latent_engine.kernels import BackendError, adam_history, explain, native, row_adam_, row_catch_up_, row_sgd_
@@ -220,28 +221,15 @@ def test_strided_arguments(implementation):
 def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
     size = (40, 6, 60) if backend == "triton" and device == "cpu" else (5000, 40, 3000)
-    table, steps, before = start(*size[:2], device=device), batches(*size, device=device, steps=2), torch.get_num_threads()
-    first = [run(table, steps, backend=backend) for run in (sgd, adam, dense_adam)]
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for expected, run in zip(first, (sgd, adam, dense_adam), strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(run(table, steps, backend=backend), expected, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    table, steps = start(*size[:2], device=device), batches(*size, device=device, steps=2)
+    same_at_any_threads(lambda: [t for run in (sgd, adam, dense_adam) for t in run(table, steps, backend=backend)])
 
 
-@pytest.mark.skipif(not native.cpp or "avx512" not in native.cpp.cpu_isas(), reason="needs a CPU with AVX-512")
+@needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
-    results = {}
-    try:
-        for isa in ("avx2", "avx512"):
-            native.cpp.set_cpu_isa(isa)
-            results[isa] = [t for size in SIZES for dtype in (torch.float32, torch.float64) for run in (sgd, adam, dense_adam)
-                            for t in run(start(*size[:2], dtype), batches(*size, dtype), backend="cpp", weight_decay=0.1)]
-    finally:
-        native.cpp.set_cpu_isa("avx512")
-    assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+    same_at_avx2_and_avx512(lambda: [
+        t for size in SIZES for dtype in (torch.float32, torch.float64) for run in (sgd, adam, dense_adam)
+        for t in run(start(*size[:2], dtype), batches(*size, dtype), backend="cpp", weight_decay=0.1)])
 
 
 @pytest.mark.skipif(not native.cpp, reason="the native library is not built")
