@@ -57,6 +57,13 @@ def check_choices(config: Any) -> None:
                              f"given {getattr(config, name)!r}.")
 
 
+def check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    """Raises ValueError if one of `sizes` is, or has, a number less than 1."""
+    for name, given in sizes.items():
+        if any(size < 1 for size in (given if isinstance(given, tuple) else (given,))):
+            raise ValueError(f"{name} must be at least 1, given {given}.")
+
+
 @dataclass(frozen=True)
 class Phase:
     """One player's turn."""

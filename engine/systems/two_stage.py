@@ -35,8 +35,8 @@ from ..bounds import Posterior
 from ..data import Data
 from ..diagnostics import evaluating
 from ..priors import StandardNormal
-from ..system import Batch, OptimizerConfig, Phase
-from .vae import AE, VAE, AEConfig, VAEConfig, VAEOptim, check_sizes
+from ..system import Batch, OptimizerConfig, Phase, check_sizes
+from .vae import AE, VAE, AEConfig, VAEConfig, VAEOptim
 
 
 def _adam() -> OptimizerConfig:

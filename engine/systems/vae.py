@@ -48,18 +48,11 @@ from ..likelihoods import (
     check_unit_interval,
 )
 from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
-from ..system import Batch, OptimizerConfig, System, check_choices
+from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes
 
 
 def _adam() -> OptimizerConfig:
     return OptimizerConfig("adam", lr=1e-3)
-
-
-def check_sizes(**sizes: int | tuple[int, ...]) -> None:
-    """Raises ValueError if one of `sizes` is, or has, a number less than 1."""
-    for name, given in sizes.items():
-        if any(size < 1 for size in (given if isinstance(given, tuple) else (given,))):
-            raise ValueError(f"{name} must be at least 1, given {given}.")
 
 
 @dataclass(frozen=True)
