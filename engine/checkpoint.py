@@ -67,6 +67,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
+    """`content` as the file `path`, in one piece; errors as `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content)
 

@@ -141,5 +141,5 @@ def _pytorch_fid() -> ModuleType:
         return require("pytorch_fid.inception", "fid", purpose)
     except (OSError, RuntimeError) as error:  # torchvision's operators are compiled for one build of PyTorch
         raise MissingExtraError(f"{purpose} needs torchvision (extra fid), which does not import beside PyTorch "
-                                f"{torch.__version__}: {error}. Install both from one index, e.g. with "
-                                "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu") from error
+                                f"{torch.__version__}: {error}. Install both from one "
+                                "package index, for the same device.") from error
