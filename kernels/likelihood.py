@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .backends import Op, Support, register
 from .checks import HALF, checked_floats
-from .library import Differentiable, Primitive, reference_gradients
+from .library import Differentiable, Primitive, is_eager, reference_gradients
 from .reference import likelihood as reference
 
 BERNOULLI, GAUSSIAN, DISCRETIZED_LOGISTIC, NEGATIVE_BINOMIAL = range(4)
@@ -172,11 +172,16 @@ def _log_prob(kind: int, tensors: dict[str, Tensor], mask: Tensor | None, event_
         raise TypeError(f"{op.name}: event_dims must be an integer, given {event_dims!r}.")
     names, (_, a, *_) = tuple(tensors), tensors.values()
     a, x, *rest = checked_floats(op.name, "x", **{names[1]: a, **tensors})
-    tensors = dict(zip(names, (x, a, *rest), strict=True))
     if mask is not None:
         _check_mask(op.name, mask, x)
-    x, a, b, mask, batch = _rows(op.name, tensors, mask, event_dims)
-    name = op.choose(a, backend)
+    name, b, usual = op.choose(a, backend), rest[0] if rest else None, _is_usual(x, a, (*rest, mask), event_dims)
+    if usual and name != "reference" and torch.is_grad_enabled() and is_eager():
+        return _unfolded(name, x, a, b, mask, kind, event_dims)
+    batch = a.shape[:a.dim() - event_dims]
+    if usual:
+        x, a, b, mask = _as_rows((x, a, b, mask), event_dims)
+    else:
+        x, a, b, mask, batch = _rows(op.name, dict(zip(names, (x, a, *rest), strict=True)), mask, event_dims)
     log_prob = _reference(x, a, b, mask, kind) if name == "reference" else _likelihood(name, x, a, b, mask, kind)
     return log_prob if log_prob.shape == batch else log_prob.reshape(batch)
 
@@ -194,37 +199,41 @@ def _rows(op: str, tensors: dict[str, Tensor], mask: Tensor | None,
           event_dims: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
     """x, a, b and mask as [S, N, P], in which each size is that of all or 1, and the leading axes of the result."""
     given = {**tensors, "mask": mask} if mask is not None else tensors
-    x, a, *_ = tensors.values()
-    shape, batch = a.shape, a.dim() - event_dims
-    # The usual call, of up to two leading axes, in which the first parameter has all axes, and the others its last ones or, but
-    # for x, none at all: it passes the general checks.
-    if 0 < event_dims <= x.dim() and 0 <= batch <= 2 and all(_is_end(t, shape, event_dims) for t in given.values()):
-        folded = [_as_rows(t, event_dims) for t in given.values()]
-    else:
-        shape = _common_shape(op, given, event_dims)
-        batch = len(shape) - event_dims
-        padded = [t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t for t in given.values()]
-        # The leading axes part into S and N where no tensor is broadcast in part only, if there is such a place.
-        for cut in range(batch + 1):
-            spans = (0, cut), (cut, batch), (batch, len(shape))
-            if all(_is_whole(t, shape, span) for t in padded for span in spans[:2]):
-                break
-        folded = [_fold(t, shape, spans) for t in padded]
+    shape = _common_shape(op, given, event_dims)
+    batch = len(shape) - event_dims
+    padded = [t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t for t in given.values()]
+    # The leading axes part into S and N where no tensor is broadcast in part only, if there is such a place.
+    for cut in range(batch + 1):
+        spans = (0, cut), (cut, batch), (batch, len(shape))
+        if all(_is_whole(t, shape, span) for t in padded for span in spans[:2]):
+            break
+    folded = [_fold(t, shape, spans) for t in padded]
     mask = folded.pop() if mask is not None else None
     return folded[0], folded[1], folded[2] if len(folded) > 2 else None, mask, shape[:batch]
 
 
-def _is_end(t: Tensor, shape: torch.Size, event_dims: int) -> bool:
-    """Whether `t` has the last axes of `shape`, all those of features among them, or is one number."""
-    dim = t.dim()
-    return t.shape == shape[len(shape) - dim:] if dim >= event_dims else dim == 0
+def _is_usual(x: Tensor, a: Tensor, others: Sequence[Tensor | None], event_dims: int) -> bool:
+    """Whether `a` has all axes, up to two of them leading, `x` its last ones, and each of the others its last ones or none.
+
+    Such a call needs none of the general checks of shapes.
+    """
+    shape, dim = a.shape, a.dim()
+    if not (0 < event_dims <= x.dim() and dim - event_dims <= 2 and x.shape == shape[dim - x.dim():]):
+        return False
+    return all(t is None or t.dim() == 0 or (t.dim() >= event_dims and t.shape == shape[dim - t.dim():]) for t in others)
 
 
-def _as_rows(t: Tensor, event_dims: int) -> Tensor:
-    """`t` of up to two leading axes as [S, N, P]; one number as [1, 1, 1]."""
-    leading = t.shape[:-event_dims]
-    sizes = (1,) * (2 - len(leading)) + leading + (t.shape[len(leading):].numel(),)
-    return t if t.shape == sizes else t.reshape(sizes)
+def _as_rows(tensors: Sequence[Tensor | None], event_dims: int) -> list[Tensor | None]:
+    """Those of a usual call as [S, N, P], and those that are as they are, with `event_dims` 1."""
+    features = math.prod(tensors[0].shape[-event_dims:])
+
+    def fold(t):
+        leading = t.dim() - event_dims
+        if leading == 1:
+            return t.reshape(1, t.size(0), features)
+        return t.flatten(2) if leading == 2 else t.reshape(1, 1, t.numel())
+
+    return [t if t is None else fold(t) for t in tensors]
 
 
 def _common_shape(op: str, tensors: dict[str, Tensor], event_dims: int) -> torch.Size:
@@ -300,12 +309,38 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, bwd, grad):
-    x, a, b, mask = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+    return *_backward(bwd, ctx.saved_tensors, ctx.needs_input_grad[:3], grad, ctx.kind, 1), None, None
+
+
+def _backward(bwd, tensors, needs, grad, kind, event_dims):
+    """Gradients of x, a and b, None where not needed."""
     if torch.is_grad_enabled():  # double backward
-        return (*reference_gradients(lambda *t: _reference(*t, mask, ctx.kind), (x, a, b), needs, (grad,)), None, None)
-    found = bwd(grad, x, a, b, mask, ctx.kind, *needs)
-    return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)
+        def log_prob(*differentiable):
+            return _reference(*_as_rows((*differentiable, tensors[3]), event_dims), kind).reshape(grad.shape)
+
+        return reference_gradients(log_prob, tensors[:3], needs, (grad,))
+    found = bwd(grad.reshape((1,) * (2 - grad.dim()) + grad.shape), *_as_rows(tensors, event_dims), kind, *needs)
+    return tuple(g.reshape(t.shape) if need else None for g, t, need in zip(found, tensors, needs, strict=False))
+
+
+class _Unfolded(torch.autograd.Function):
+    """The usual eager call, folded below autograd: for small inputs a node for each view costs as much as the kernel."""
+
+    @staticmethod
+    def forward(ctx, backend, x, a, b, mask, kind, event_dims):
+        ctx.save_for_backward(x, a, b, mask)
+        ctx.backend, ctx.kind, ctx.event_dims = backend, kind, event_dims
+        with torch._C._AutoDispatchBelowAutograd():
+            return FWD(backend, *_as_rows((x, a, b, mask), event_dims), kind).reshape(a.shape[:a.dim() - event_dims])
+
+    @staticmethod
+    def backward(ctx, grad):
+        bwd = BWD.triton if ctx.backend == "triton" else BWD.compiled
+        found = _backward(bwd, ctx.saved_tensors, ctx.needs_input_grad[1:4], grad, ctx.kind, ctx.event_dims)
+        return None, *found, None, None, None
+
+
+_unfolded = super(torch.autograd.Function, _Unfolded).apply  # as in library.Differentiable
 
 
 def _vmap(call, info, in_dims, x, a, b, mask, kind):
