@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint import CheckpointError, read_description
-from ..system import System
+from ..system import OptimizerConfig, System
 from ..trainer import TrainConfig
-from .dgd import DGD, DGDConfig
+from .dgd import DGD, DGDConfig, DGDOptim
 from .iwae import IWAE, IWAEConfig
 from .two_stage import TwoStageConfig, TwoStageVAE, VAEPlus, VAEPlusConfig
 from .vae import AE, VAE, AEConfig, VAEConfig
@@ -28,7 +28,8 @@ class Preset:
 
 PRESETS = {
     "dgd": Preset(DGD, DGDConfig(), TrainConfig(), "20 components, the paper's MNIST model (Fig. 3)"),
-    "dgd-labelled": Preset(DGD, DGDConfig(components=10, classes=10, prior_count="per_sample", latent_init="prior"),
+    "dgd-labelled": Preset(DGD, DGDConfig(components=10, classes=10, prior_count="per_sample", latent_init="prior",
+                                          optim=DGDOptim(prior=OptimizerConfig("adam", lr=1e-2))),
                            TrainConfig(), "a component for each of 10 classes (Fig. 4)"),
     "dgd-normal": Preset(DGD, DGDConfig(prior="normal"), TrainConfig(), "a fixed standard normal prior"),
     "ae": Preset(AE, AEConfig(), TrainConfig(batch_size=100), "an autoencoder without prior"),
