@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from latent_engine import VAE, VAEConfig, load_data
+from latent_engine import VAE, Data, VAEConfig, load_data
 from latent_engine.bounds import Posterior
 from latent_engine.divergences import mutual_divergence
 
@@ -40,10 +40,11 @@ def regularizers(system: VAE, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def measure(config: VAEConfig, x: Tensor) -> dict[str, Timing]:
+def measure(config: VAEConfig, data: Data, batch: int) -> dict[str, Timing]:
     """Seconds of a step "with" and "without" the regularisers, and of the "regularizers" alone."""
     torch.manual_seed(0)
-    plain, regularized = VAE(config, x.shape[1:]), VAE(replace(config, **WEIGHTS), x.shape[1:])
+    plain, regularized = VAE.for_data(config, data), VAE.for_data(replace(config, **WEIGHTS), data)
+    x = data.x[:batch]
     calls = {"with": step(our_loss, regularized, x), "without": step(our_loss, plain, x),
              "regularizers": regularizers(regularized, x)}
     for call in calls.values():
@@ -64,11 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in options.networks if name not in NETWORKS]
     if unknown:
         parser.error(f"unknown network {unknown[0]!r}; they are {', '.join(NETWORKS)}")
-    images, results = load_data("mnist5k").pixels("threshold").x, {}
+    data, results = load_data("mnist5k").pixels("threshold"), {}
     print(f"training steps of a VAE with MAE's regularisers, {LATENT_DIM} dimensions, median of {ROUNDS}")
     for network in options.networks or ["conv"]:
         for batch in BATCHES:
-            results[f"{network}-{batch}"] = found = measure(VAEConfig(network=network, latent_dim=LATENT_DIM), images[:batch])
+            results[f"{network}-{batch}"] = found = measure(VAEConfig(network=network, latent_dim=LATENT_DIM), data, batch)
             print(f"  {network} N={batch:<5} with {milliseconds(found['with'])}, without {milliseconds(found['without'])}; "
                   f"regularisers {milliseconds(found['regularizers'])}, {100 * share(found):.1f} %", flush=True)
     if options.json:

@@ -83,8 +83,8 @@ def test_what_cannot_be_asked_is_said_before_any_work(data, runs, capsys):
     assert "judged by labels, and unlabelled (train) has none" in failure(
         "--representation", *SIZES, file="unlabelled", run="unlabelled")
     assert "judged on test images, and untested has none" in failure("--representation", *SIZES, file="untested")
-    assert "number of labels must lie between 10 and 40, the number of labelled training rows, given 100; choose others (--labels)" in failure(
-        "--representation", "--clusters", "2")
+    assert "number of labels must lie between 10 and 40, the number of labelled training rows, given 100; choose others " in (
+        failure("--representation", "--clusters", "2"))
     assert "clusters must lie between 1 and 40, the number of labelled training rows, given 50" in failure(
         "--representation", "--clusters", "50")
     assert "--clusters and --labels are numbers for --representation: add it" in failure("--labels", "10")
