@@ -17,7 +17,7 @@ from .system import System
 CLUSTERS, LABELS = (10, 20, 30), (100, 1000)
 _TABLES = {
     "clusters (k-means)": {"kmeans_accuracy": "accuracy", "kmeans_ari": "adjusted Rand", "kmeans_nmi": "mutual info."},
-    "labels to learn": {"knn_accuracy": "10-NN", "linear_accuracy": "linear"},
+    "labelled images": {"knn_accuracy": "10-NN", "linear_accuracy": "linear"},
 }
 
 
