@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from .bounds import Posterior, kl_to_normal
 from .diagnostics import active_dimensions, evaluating, mmd2_to_prior
+from .kernels import pairwise_kl
 from .system import System
 
 EXPLAINED = 0.5
@@ -32,7 +33,8 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
         "active" of "dimensions", those whose posterior mean varies over the rows (`active_dimensions`); "kl" `[D]` as a
         list, KL to N(0, 1) of each dimension, mean over the rows, in nats; "explained", the share of the variance of x that
         the decoded means reconstruct; "mmd2" of the aggregate posterior to the prior (`mmd2_to_prior`); "gradient", the mean
-        norm of dL/dz for L = −log p(x, z), z a sample of each posterior; with a Gaussian likelihood "gamma", its variance,
+        norm of dL/dz for L = −log p(x, z), z a sample of each posterior; "mpd" and "mpd_std", mean and standard deviation of
+        the KL divergences between pairs of posteriors (`pairwise_kl`); with a Gaussian likelihood "gamma", its variance,
         mean over features; and the "verdict", a sentence.
 
     Raises:
@@ -44,6 +46,7 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
         posterior = system.encode(x)
         residual = x - system.decode(posterior.mean)
         gradient = _gradient(system, posterior, x, generator)
+    diversity = pairwise_kl(*(t.double() for t in posterior))
     state = {
         "active": int(active_dimensions(posterior.mean).sum()),
         "dimensions": posterior.mean.shape[1],
@@ -51,6 +54,8 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
         "explained": (1 - residual.square().sum() / (x - x.mean(0)).square().sum()).item(),
         "mmd2": mmd2_to_prior(posterior, prior or system.prior, generator),
         "gradient": torch.linalg.vector_norm(gradient, dim=1).mean().item(),
+        "mpd": diversity.mpd.item(),
+        "mpd_std": diversity.std.item(),
     }
     variance = getattr(system.likelihood, "variance", None)
     if variance is not None:

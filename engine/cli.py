@@ -3,7 +3,8 @@
   train PRESET       train a system; flags override a --config file, which overrides the preset
   represent RUN      representations of images under a trained model, to an .npz
   sample RUN         new images, to a .png or .npz
-  evaluate RUN       likelihood, reconstruction, use of the representation space, k-NN accuracy
+  evaluate RUN       likelihood, reconstruction, use of the representation space, k-NN accuracy; what representations tell
+                     about labels (--representation); reconstructions beside those of other runs (--compare)
   explore RUN        pictures and an HTML page to look around in the representation space
   list               the presets, data sets and ops
   doctor             versions, native libraries, and which backend serves which op
@@ -75,7 +76,8 @@ class Sample:
 class Evaluate:
     """Likelihood, reconstruction, use of the representation space and k-NN accuracy of a trained model, on its test images.
 
-    Printed, and written to RUN/scores.json and RUN/scores.csv; for models with an encoder also pictures into RUN.
+    Printed, and written to RUN/scores.json and RUN/scores.csv; for models with an encoder also pictures into RUN. With
+    --representation what representations tell about labels instead, into RUN/representation.json, .csv and .png.
     """
 
     run: tyro.conf.Positional[Path]
@@ -84,6 +86,14 @@ class Evaluate:
     """Name or path of the data that the model was trained on."""
     nll_samples: Annotated[int | None, _default("1000")] = None
     """Importance samples of log p(x) for each image, for models with an encoder that gives posteriors."""
+    representation: bool = False
+    """Clusters, k-NN and linear classifiers of representations, fitted to training images and judged on test images."""
+    clusters: Annotated[tuple[int, ...] | None, _default("10 20 30")] = None
+    """Numbers of clusters that k-means looks for, with --representation."""
+    labels: Annotated[tuple[int, ...] | None, _default("100 1000")] = None
+    """Numbers of labels that classifiers learn from before they are given all of them, with --representation."""
+    compare: Annotated[tuple[Path, ...], _default("none")] = ()
+    """Other runs: test images beside their reconstructions by RUN and these, into RUN/comparison.png."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from . import report
+from . import report, representation
 from .checkpoint import CheckpointError, read_description, weights_note, write_file
 from .cli import Evaluate, Explore, Represent, Sample, did_you_mean, fail
 from .data import NAMES, SPLITS, Binarization, Data, DataError, load
@@ -166,16 +166,32 @@ def sample(options: Sample) -> int:
 def evaluate(options: Evaluate) -> int:
     if options.nll_samples is not None and options.nll_samples < 1:
         raise ValueError(f"--nll-samples must be at least 1, given {options.nll_samples}.")
+    if options.representation and options.nll_samples is not None:
+        raise ValueError("--representation asks for no log p(x): leave --nll-samples out.")
+    if not options.representation and (options.clusters or options.labels):
+        raise ValueError("--clusters and --labels are numbers for --representation: add it, or leave them out.")
     system, train = _trained(options.run), training_data(options.run, options.data)
+    others = {str(run): _trained(run) for run in options.compare}
+    for other in others.values():
+        other.check_rows(train.x)
     try:
         test = _load(options.run, options.data, "test")
     except DataError as error:
         print(f"No test images: {error}", file=sys.stderr)
         test = None
-    scores = report.evaluate(system, train, test, nll_samples=options.nll_samples)
-    report.write_scores(scores, options.run / "scores.json")
-    print(report.format_scores(scores))
-    for path in report.write_evaluation(system, train, test, options.run):
+    if options.representation:
+        scores, z = representation.evaluate(system, train, test, clusters=options.clusters or representation.CLUSTERS,
+                                            labels=options.labels or representation.LABELS)
+        print(representation.format_scores(scores))
+        paths = representation.write(scores, z, test, options.run)
+    else:
+        scores = report.evaluate(system, train, test, nll_samples=options.nll_samples)
+        report.write_scores(scores, options.run / "scores.json")
+        print(report.format_scores(scores))
+        paths = report.write_evaluation(system, train, test, options.run)
+    if others:
+        paths.append(report.write_comparison({str(options.run): system, **others}, (test or train).x, options.run))
+    for path in paths:
         print(path)
     return 0
 

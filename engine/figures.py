@@ -106,6 +106,23 @@ def image_grid(images: Tensor, columns: int = 10, captions: Sequence[str] = (), 
     return figure
 
 
+def comparison(images: Mapping[str, Tensor], sets: int = 4) -> "Figure":
+    """Images side by side with their counterparts, e.g. inputs and reconstructions by two models: `[N, C, H, W]` by name.
+
+    Row by row, `sets` to a row with a gap between them: Figure 2 of Ma et al. (2019).
+    """
+    n, channels, height, width = next(iter(images.values())).shape
+    sets = min(sets, n)
+    rows = -(-n // sets)
+    figure = _figure(0.6 * (len(images) + 0.3) * sets, 0.6 * rows * height / width + 0.35)
+    together = torch.stack([part.detach().cpu().float() for part in images.values()], 1)
+    for column, axes in enumerate(figure.subplots(1, sets, squeeze=False)[0]):
+        own = together[column::sets]
+        _draw_images(axes, own.reshape(-1, channels, height, width), len(images), (), "")
+    figure.suptitle("In each set: " + ", ".join(images), fontsize=10)
+    return figure
+
+
 def training_curves(history: Sequence[Mapping[str, float]], x: str = "epoch") -> "Figure":
     """One panel for each quantity in the records of a run (metrics.jsonl), over the column `x`."""
     names = list(dict.fromkeys(name for record in history for name in record if name != x))

@@ -13,7 +13,7 @@ from . import report_autoencoder, report_dgd
 from .checkpoint import write_file, write_json
 from .data import Data
 from .explorer import write_explorer
-from .figures import latent_scatter, training_curves, write_png
+from .figures import comparison, latent_scatter, training_curves, write_png
 from .system import System
 from .systems.dgd import DGD
 from .systems.vae import AE
@@ -67,6 +67,17 @@ def represent(system: System, x: Tensor, steps: int | None = None) -> dict[str, 
     """
     arrays = _family(system).represent(system, x, steps)
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def representations(system: System, train: Data, test: Data) -> tuple[Tensor, Tensor]:
+    """Representations of the rows that the system was trained on and of test rows, `[N, D]` and `[M, D]`."""
+    return _family(system).space(system, train)[0].detach(), represent(system, test.x)["z"]
+
+
+def write_comparison(systems: Mapping[str, System], x: Tensor, folder: Path) -> Path:
+    """comparison.png: up to 40 images of `x`, each beside its reconstructions by the `systems`."""
+    columns = {"input": x[:40], **{name: system.reconstruct(x[:40]) for name, system in systems.items()}}
+    return _write({"comparison.png": comparison(columns)}, folder)[0]
 
 
 def write_evaluation(system: System, train: Data, test: Data | None, folder: Path) -> list[Path]:

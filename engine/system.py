@@ -64,6 +64,13 @@ def check_sizes(**sizes: int | tuple[int, ...]) -> None:
             raise ValueError(f"{name} must be at least 1, given {given}.")
 
 
+def check_weights(**weights: float) -> None:
+    """Raises ValueError if one of `weights` is negative or not finite."""
+    for name, given in weights.items():
+        if not 0 <= given < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, given {given}.")
+
+
 @dataclass(frozen=True)
 class Phase:
     """One player's turn."""
@@ -91,6 +98,7 @@ class System(nn.Module):
     config: Any
     shape: tuple[int, ...]  # of an observation
     reduction: Literal["mean", "sum"] = "mean"  # of `loss` over the rows of a batch
+    smallest_batch: int = 1  # rows that `loss` needs in training
     local: tuple[str, ...] = ()  # rank-local children (a latent table): never wrapped, gradients divided by world size
 
     @classmethod

@@ -105,7 +105,8 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
         `System.monitor` says of 500 training rows.
 
     Raises:
-        ValueError: the data do not fit the system, there is no validation loss, or a phase begins after the last epoch.
+        ValueError: the data do not fit the system, a batch has too few rows for it, there is no validation loss, or a phase
+            begins after the last epoch.
         CheckpointError: see `RunDirectory`; raised before training starts.
         FloatingPointError: the loss of an epoch is not finite. The last checkpoint is from before it.
     """
@@ -116,6 +117,7 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
     if resume and run_dir is None:
         raise ValueError("resume=True needs run_dir, the folder of the run to continue.")
     rows, held_out = validation_rows(system, data, validation, config)
+    _check_batches(system, len(data) if rows is None else len(rows), config.batch_size)
     phases = system.phases()
     _check_reached(phases, config.epochs)
     optimizers = make_optimizers(system, phases)
@@ -176,6 +178,14 @@ def _monitor(system: System, x: Tensor, seed: int) -> dict[str, Any]:
     state = system.monitor(x)
     system.train()
     return state
+
+
+def _check_batches(system: System, rows: int, batch_size: int) -> None:
+    last = (rows - 1) % batch_size + 1
+    if last < system.smallest_batch:
+        raise ValueError(f"This {type(system).__name__} compares the rows of a batch with each other and needs "
+                         f"{system.smallest_batch} of them, but of {rows} rows in batches of {batch_size} the last has {last}: "
+                         "choose another batch_size.")
 
 
 def _check_reached(phases: tuple[Phase, ...], epochs: int) -> None:

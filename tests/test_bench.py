@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latent_engine.bench import gmm, training_steps
+from latent_engine.bench import divergences, gmm, training_steps
 from latent_engine.bench.__main__ import main
 from latent_engine.bench.report import ratio, seconds
 from latent_engine.bench.suite import OURS, run_case
@@ -53,6 +53,19 @@ def test_training_steps_measure_the_objective_alone():
     found = training_steps.measure("vr-max", torch.rand(4, 1, 8, 8).round(), pairs=2)
     assert found.steps.keys() == {OURS, "plain"} and found.ratio > 0
     assert found.share_without_noise < found.share
+
+
+def test_divergences_measure_the_share_of_the_regularisers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(divergences, "BATCHES", (4,))
+    monkeypatch.setattr(divergences, "ROUNDS", 2)
+    path = tmp_path / "divergences.json"
+    assert divergences.main(["mlp", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["divergences"]["mlp-4"]
+    assert found.keys() == {"with", "without", "regularizers"} and found["regularizers"]["median"] > 0
+    assert "mlp N=4" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        divergences.main(["nothing"])
+    assert "unknown network 'nothing'; they are mlp," in capsys.readouterr().err
 
 
 def test_bound_is_the_slowest_resource():

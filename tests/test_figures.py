@@ -9,6 +9,7 @@ import torch
 from latent_engine.extras import MissingExtraError
 from latent_engine.figures import (
     COLORS,
+    comparison,
     image_grid,
     interpolations,
     latent_scatter,
@@ -115,3 +116,19 @@ def test_missing_matplotlib_names_the_extra(space, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'latent-engine\[plot\]'"):
         latent_scatter(space[0])
+
+
+def test_comparison_puts_counterparts_side_by_side_in_sets():
+    """Seven images of one value each, in three sets a row: image 5 and its counterparts are in the third set, second row."""
+    values = torch.arange(7.0)[:, None, None, None] / 20
+    images = {"input": values.expand(7, 1, 4, 6), "first": values.expand(7, 1, 4, 6) + 0.4,
+              "second": values.expand(7, 1, 4, 6) + 0.6}
+    figure = comparison(images, sets=3)
+    assert figure.get_suptitle() == "In each set: input, first, second" and len(figure.axes) == 3
+    for column, axes in enumerate(figure.axes):
+        picture = np.asarray(axes.images[0].get_array())
+        for row, number in enumerate(range(column, 7, 3)):
+            ink = [1 - picture[8 * row + 3, 10 * place + 4] for place in range(3)]
+            assert ink == pytest.approx([number / 20, number / 20 + 0.4, number / 20 + 0.6], abs=1e-6)
+    few = comparison({"input": torch.zeros(2, 3, 4, 4), "other": torch.ones(2, 3, 4, 4)})
+    assert len(few.axes) == 2

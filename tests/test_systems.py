@@ -9,6 +9,7 @@ import torch
 from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
 from latent_engine.systems.iwae import IWAE, IWAEConfig
+from latent_engine.systems.two_stage import TwoStageConfig, TwoStageVAE
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
@@ -27,6 +28,9 @@ VARIANTS = {
                                             activation="softplus")),
     "vae-decoded-conv": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", network="conv")),
     "vae-robust-gaussian": (VAE, VAEConfig(likelihood="gaussian", divergence_beta=0.01)),
+    "vae-diverse-as-in-the-code": (VAE, VAEConfig(diversity=1.0, diversity_form="code", free_bits=0.5)),
+    "iwae-diverse": (IWAE, IWAEConfig(diversity=1.0, smoothness=0.1)),
+    "two-stage-diverse": (TwoStageVAE, TwoStageConfig(diversity=0.5, smoothness=0.1)),
     "iwae-gaussian-mixture": (IWAE, IWAEConfig(likelihood="gaussian", prior="mixture", estimator="stl")),
     "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),
 }

@@ -45,6 +45,8 @@ PRESETS = {
     "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
     "robust-vae": Preset(VAE, VAEConfig(divergence_beta=0.005), TrainConfig(batch_size=100),
                          "outliers count less (β-divergence)"),
+    "mae-mlp": Preset(VAE, VAEConfig(latent_dim=32, diversity=1.0, smoothness=0.5), TrainConfig(batch_size=100),
+                      "Burda et al.'s networks with MAE's regularisers of posterior divergence"),
     "iwae": Preset(IWAE, IWAEConfig(), TrainConfig(batch_size=20), "Burda et al., 50 samples"),
     "iwae-2": Preset(IWAE, IWAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=20),
                      "the same with two stochastic layers"),

@@ -72,7 +72,7 @@ class IWAE(VAE):
     config: IWAEConfig
 
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
-        """Sums over pixels and latents, mean over the batch, in nats; "total" is the negative bound.
+        """Sums over pixels and latents, mean over the batch, in nats; "total" is the negative bound, with MAE's regularisers.
 
         "log_px_z" is a mean over the samples, for VR-max of one layer that of the best one.
         """
@@ -85,7 +85,7 @@ class IWAE(VAE):
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
             log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, log_pz))
-        return {"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl, **self._gamma()}
+        return self._regularized({"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl, **self._gamma()}, posterior)
 
     def _best(self, z: Tensor, posterior: Posterior, x: Tensor) -> Tensor:
         """The sample of largest weight of each row, `[S, N, D]` -> `[1, N, D]`."""

@@ -13,6 +13,10 @@ ones, and for densities it grows without bound with γ → 0. An AE has no poste
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
 parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
 
+In training `diversity` and `smoothness` add MAE's regularisers, of the divergences between the posteriors of a batch
+(`divergences`), to the loss of every model with posteriors. In evaluation mode they are left out, for what they are depends on
+the batch: epochs are compared by the ELBO, as MAE's authors do.
+
 Deep decoders may leave all of z unused, a local minimum from which `affine_skip`, a decoder f(z) + W z + b, and more
 dimensions than the data have lead out; with a learned variance the superfluous ones turn to noise ("On the
 Regularization Balance in Autoencoder-Based Generative Models", §4–6). `network="residual"` is its MNIST model, a decoder
@@ -38,6 +42,7 @@ from .. import bounds, networks
 from ..balance import balance
 from ..bounds import Posterior
 from ..data import Data
+from ..divergences import data_parallel, mutual_divergence
 from ..kernels import importance_log_weights
 from ..likelihoods import (
     Bernoulli,
@@ -48,7 +53,7 @@ from ..likelihoods import (
     check_unit_interval,
 )
 from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
-from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes
+from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes, check_weights
 
 
 def _adam() -> OptimizerConfig:
@@ -105,11 +110,15 @@ class EncoderConfig(AEConfig):
     top_hidden: tuple[int, ...] = (100, 100)  # layers between the two
     heads: Literal["linear", "relu_sigmoid"] = "linear"  # relu_sigmoid: means ≥ 0, deviations < 1 (DGD paper's baseline)
     samples: int = 1  # of z for a row
+    diversity: float = 0.0  # η of MAE, weight of L_diverse
+    diversity_form: Literal["paper", "code"] = "paper"  # MAE's Eq. 8, or what its authors' code has
+    smoothness: float = 0.0  # γ of MAE, weight of L_smooth
     optim: VAEOptim = field(default_factory=VAEOptim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+        check_weights(diversity=self.diversity, smoothness=self.smoothness)
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,8 @@ class VAEConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beta", "free_bits", "target_kl", "warmup_steps", "divergence_beta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, given {getattr(self, name)}.")
+        check_weights(beta=self.beta, free_bits=self.free_bits, target_kl=self.target_kl, warmup_steps=self.warmup_steps,
+                      divergence_beta=self.divergence_beta)
         if (self.warmup != "none") != (self.warmup_steps > 0):
             raise ValueError(f"warmup={self.warmup!r} and warmup_steps={self.warmup_steps} contradict each other: "
                              "a warm-up takes at least one step, and none takes 0.")
@@ -257,8 +265,13 @@ class VAE(AE):
         log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, z)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
-        return {"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl,
-                "elbo": mean_log_px_z.detach() - mean_kl.detach(), **self._gamma()}
+        return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl,
+                                  "elbo": mean_log_px_z.detach() - mean_kl.detach(), **self._gamma()}, posterior)
+
+    @property
+    def smallest_batch(self) -> int:
+        """Two rows are the first pair to compare."""
+        return 2 if self.config.diversity or self.config.smoothness else 1
 
     def after_step(self, step: int) -> None:
         self.step.fill_(step)
@@ -316,6 +329,15 @@ class VAE(AE):
             return mean_log_px_z
         integral = self.likelihood.log_power_integral(output, 1 + beta, len(self.shape))
         return bounds.beta_divergence_score(log_px_z, integral, beta).mean()
+
+    def _regularized(self, terms: dict[str, Tensor], posterior: Posterior) -> dict[str, Tensor]:
+        """The terms of a loss, in training with MAE's regularisers in the total and beside it, where they have a weight."""
+        config = self.config
+        if not (self.training and (config.diversity or config.smoothness)):
+            return terms
+        penalty, parts = mutual_divergence(posterior, config.diversity, config.smoothness, form=config.diversity_form,
+                                           group=data_parallel())
+        return {**terms, "total": terms["total"] + penalty, **parts}
 
     def _kl_loss(self, kl: Tensor, mean_kl: Tensor) -> Tensor:
         """What stands for the mean KL in the loss, a scalar."""
