@@ -11,6 +11,8 @@ from latent_engine.kernels import BackendError, explain, native, reparametrize
 from oracles import assert_within_budget, longdouble
 from oracles import reparametrize as oracle
 
+# NumPy, on which Triton's interpreter stands, warns of the NaNs that a test is about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 # S (None: no axis of samples), N, D: one element, part of a vector, whole vectors, vectors that reach back
 SIZES = [(None, 1, 1), (1, 7, 2), (3, 5, 16), (None, 3, 17), (None, 13, 50), (5, 4, 50), (2, 2, 64), (1, 1, 1300)]
 GRADS = {"both": (True, True), "z": (True, False), "kl": (False, True)}
@@ -194,6 +196,8 @@ def test_only_needed_gradients(implementation):
 
 def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for sizes that need several blocks")
     for size in ((None, 700, 65), (40, 130, 50)):
         inputs = posterior(*size, device=device)
         same_at_any_threads(lambda inputs=inputs: run(inputs, incoming(inputs), backend=backend))
