@@ -11,6 +11,7 @@ namespace latent_engine {
 namespace {
 
 constexpr int64_t kExpWork = 24, kSampleWork = 8;  // multiplications in the time of an element, and of a sample of one
+constexpr int64_t kLeastElements = 256;            // of a task: a kilobyte of each sample
 
 // As it is if the elements of a row lie next to one another.
 Tensor with_dense_rows(const Tensor& t) {
@@ -37,7 +38,9 @@ struct Call {
 
   template <class F>
   void run(const F& rows) const {
-    in_parts(inputs.N, inputs.D * (kExpWork + inputs.S * kSampleWork), rows);
+    const int64_t N = inputs.N, D = inputs.D, block = ceil_div(kLeastElements, std::max<int64_t>(D, 1));
+    in_parts(ceil_div(N, block), block * D * (kExpWork + inputs.S * kSampleWork),
+             [&](int64_t first, int64_t last) { rows(first * block, std::min(N, last * block)); });
   }
 };
 

@@ -34,8 +34,8 @@ static inline Vec<T> minus_absolute(Vec<T> x) {
   return (Vec<T>)((IntVec<T>)x | (IntVec<T>)broadcast(T(-0.0)));
 }
 
-// e^x = power · (1 + rest) for x ≤ 0, or below the overflow, with a power of two; rest = excess + x where that is 1. At least the
-// smallest normal number; NaN stays NaN.
+// e^x = power · (1 + rest) for x ≤ 0, or below the overflow, with a power of two; rest = excess + x where that is 1. At least
+// the smallest normal number; NaN stays NaN.
 template <class T>
 struct NonpositiveExp {
   Vec<T> power, rest, excess;
