@@ -57,7 +57,7 @@ static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t firs
   const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D);
   Arena<T> arena(Scratch::task, tile);
   T* const stds = arena.take(tile);
-  for_each_vector<T>(in, first, last, [&](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
+  for_each_vector<T>(in, first, last, [=](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
     const Vec<T> mean = load_lanes(in.mean.at(0, n) + i, lanes);
     Vec<T> std;
     if (s == 0) {
@@ -68,8 +68,11 @@ static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t firs
     } else {
       std = load(stds + slot);
     }
-    for (int64_t r = s; r < std::min(s + kSampleTile, in.S); ++r)
-      store_lanes(p.z + (r * in.N + n) * in.D + i, lanes, std * load_lanes(in.noise.at(r, n) + i, lanes) + mean);
+    const T* noise = in.noise.at(s, n) + i;
+    T* z = p.z + (s * in.N + n) * in.D + i;
+    const int64_t next_noise = in.noise.stride_s, next_z = in.N * in.D;  // which would be read again after each store
+    for (int64_t left = std::min(kSampleTile, in.S - s); left > 0; --left, noise += next_noise, z += next_z)
+      store_lanes(z, lanes, std * load_lanes(noise, lanes) + mean);
   });
 }
 
@@ -98,14 +101,16 @@ static void reparametrize_backward(const ReparametrizeBackward<T>& p, int64_t fi
   const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D);
   Arena<T> arena(Scratch::task, tile, tile);
   T *const dmeans = arena.take(tile), *const dstds = arena.take(tile);
-  for_each_vector<T>(in, first, last, [&](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
+  for_each_vector<T>(in, first, last, [=](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
     const int64_t end = std::min(s + kSampleTile, in.S);
     Vec<T> dmean = s ? load(dmeans + slot) : Vec<T>{}, dstd = s ? load(dstds + slot) : Vec<T>{};
-    if (p.grad_z.data)
-      for (int64_t r = s; r < end; ++r) {
-        const Vec<T> g = load_lanes(p.grad_z.at(r, n) + i, lanes);
-        dmean += g, dstd += g * load_lanes(in.noise.at(r, n) + i, lanes);
+    if (p.grad_z.data) {
+      const T *grad = p.grad_z.at(s, n) + i, *noise = in.noise.at(s, n) + i;
+      for (int64_t r = s; r < end; ++r, grad += p.grad_z.stride_s, noise += in.noise.stride_s) {
+        const Vec<T> g = load_lanes(grad, lanes);
+        dmean += g, dstd += g * load_lanes(noise, lanes);
       }
+    }
     if (end == in.S) return reparametrize_finish(p, n, i, lanes, dmean, dstd);
     store(dmeans + slot, dmean), store(dstds + slot, dstd);
   });
