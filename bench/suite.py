@@ -128,19 +128,24 @@ def _builder(suite: Suite, formula: Callable) -> Callable:
 
 
 def _torch_call(formula: Callable, tensors: tuple[Tensor, ...], variable: int, backward: bool) -> Callable[[], Any]:
-    """The value, and with `backward` the gradients of the first `variable` tensors for an incoming gradient of ones."""
+    """The value or values, and with `backward` the gradients of the first `variable` tensors for incoming ones of ones."""
     if not backward:
-        def forward() -> Tensor:
+        def forward() -> Any:
             with torch.no_grad():
                 return formula(*tensors)
         return forward
     leaves = [t.detach().clone().requires_grad_() for t in tensors[:variable]]
     constant = tensors[variable:]
-    incoming = torch.ones_like(formula(*leaves, *constant))
 
-    def both() -> tuple[Tensor, tuple[Tensor, ...]]:
+    def outputs() -> tuple[Tensor, ...]:
         value = formula(*leaves, *constant)
-        return value.detach(), torch.autograd.grad(value, leaves, incoming)
+        return (value,) if isinstance(value, Tensor) else value
+
+    incoming = [torch.ones_like(value) for value in outputs()]
+
+    def both() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        values = outputs()
+        return tuple(value.detach() for value in values), torch.autograd.grad(values, leaves, incoming)
 
     return both
 

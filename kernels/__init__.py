@@ -22,6 +22,7 @@ from .mmd import kernel_sums, mmd2
 from .mmd_normal import mmd2_to_normal
 from .mmd_two_sample import median_heuristic, mmd_witness, two_sample_test
 from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
+from .reparametrize import reparametrize
 from .row_update import adam_history, row_adam_, row_catch_up_, row_sgd_
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "pairwise_kl",
     "pairwise_kl_diversity",
     "pareto_k",
+    "reparametrize",
     "row_adam_",
     "row_catch_up_",
     "row_sgd_",

@@ -68,6 +68,14 @@ def check_floats(op: str, like: str, tensors: dict[str, Tensor]) -> None:
                              f"move one of them, e.g. {name}.to({like}.device).")
 
 
+def check_data(op: str, name: str, tensor: Tensor) -> None:
+    """`tensor` is data: it requires no gradient, which it would not get."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, given {type(tensor).__name__}.")
+    if tensor.requires_grad:
+        raise ValueError(f"{op}: {name} is data and gets no gradient, but it requires one; pass {name}.detach().")
+
+
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """`tensor` has exactly the shape `expected`; `meaning` spells it out, e.g. "[K]"."""
     if tensor.shape != expected:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, checked_floats
+from .checks import HALF, check_data, checked_floats
 from .library import Differentiable, Primitive, is_eager, reference_gradients
 from .reference import likelihood as reference
 
@@ -101,8 +101,8 @@ def discretized_logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor, *,
     >>> discretized_logistic_log_prob(x, torch.zeros(1, 2), torch.tensor(0.0))
     tensor([-2.6208])
     """
-    tensors = {"x": _data("discretized_logistic_log_prob", x), "mean": mean, "log_scale": log_scale}
-    return _log_prob(DISCRETIZED_LOGISTIC, tensors, mask, event_dims, backend)
+    check_data("discretized_logistic_log_prob", "x", x)
+    return _log_prob(DISCRETIZED_LOGISTIC, {"x": x, "mean": mean, "log_scale": log_scale}, mask, event_dims, backend)
 
 
 def negative_binomial_log_prob(x: Tensor, mean: Tensor, log_dispersion: Tensor, *, mask: Tensor | None = None,
@@ -124,7 +124,8 @@ def negative_binomial_log_prob(x: Tensor, mean: Tensor, log_dispersion: Tensor, 
     >>> negative_binomial_log_prob(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]), torch.tensor(0.0))
     tensor(-3.4657)
     """
-    tensors = {"x": _data("negative_binomial_log_prob", x), "mean": mean, "log_dispersion": log_dispersion}
+    check_data("negative_binomial_log_prob", "x", x)
+    tensors = {"x": x, "mean": mean, "log_dispersion": log_dispersion}
     return _log_prob(NEGATIVE_BINOMIAL, tensors, mask, event_dims, backend)
 
 
@@ -156,14 +157,6 @@ def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, m
                          f"{list(x.shape)}, {list(mean.shape)}, {list(shape)} and "
                          f"{None if mask is None else list(mask.shape)}.")
     return reference.gaussian_variance(x, mean, mask, shape)
-
-
-def _data(op: str, x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a tensor, given {type(x).__name__}.")
-    if x.requires_grad:
-        raise ValueError(f"{op}: x is data and gets no gradient, but it requires one; pass x.detach().")
-    return x
 
 
 def _log_prob(kind: int, tensors: dict[str, Tensor], mask: Tensor | None, event_dims: int, backend: str | None) -> Tensor:

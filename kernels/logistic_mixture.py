@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_shape, checked_floats
+from .checks import HALF, check_data, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import logistic_mixture as reference
 
@@ -74,8 +74,7 @@ def _reference(x, params, mask):
 
 
 def _check(op: str, x: Tensor, params: Tensor, mask: Tensor | None) -> None:
-    if x.requires_grad:
-        raise ValueError(f"{op}: x is data and gets no gradient, but it requires one; pass x.detach().")
+    check_data(op, "x", x)
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"{op}: x must have shape [N, C, H, W] with C = 3 or 1, given {list(x.shape)}.")
     (N, C, H, W), rows = x.shape, 10 if x.shape[1] == 3 else 3

@@ -14,6 +14,7 @@ from latent_engine.kernels import (
     mmd_witness,
     pairwise_kl,
     pairwise_kl_diversity,
+    reparametrize,
 )
 
 T = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -28,6 +29,7 @@ OPS = {
     "importance_bound": lambda x, b: importance_bound(x, 0.3, backend=b),
     "importance_objective": lambda x, b: importance_objective(x[None], T, T, ONE.T, backend=b),
     "likelihood": lambda x, b: bernoulli_log_prob(T.sigmoid(), x, backend=b),
+    "reparametrize": lambda x, b: torch.hstack(reparametrize(x, x.cos(), T, backend=b)),
     "logistic_mixture": lambda x, b: logistic_mixture_log_prob(T[:1, :1, None, None], x.reshape(1, 18, 1, 1), backend=b),
 }
 

@@ -9,6 +9,7 @@
 #include "mmd.h"
 #include "mmd_normal.h"
 #include "pairwise_kl.h"
+#include "reparametrize.h"
 #include "row_update.h"
 
 namespace latent_engine {
@@ -30,6 +31,7 @@ struct Kernels {
   ImportanceKernels<T> importance;
   LikelihoodKernels<T> likelihood[kLikelihoods];
   LogisticMixtureKernels<T> logistic_mixture;
+  ReparametrizeKernels<T> reparametrize;
   RowUpdateKernels<T> row_update;
 };
 

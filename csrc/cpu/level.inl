@@ -14,6 +14,7 @@
 #include "mmd_profiles.inl"
 #include "mmd.inl"
 #include "mmd_normal.inl"
+#include "reparametrize.inl"
 #include "row_update.inl"
 
 template <class T>
@@ -27,6 +28,7 @@ static constexpr Kernels<T> level_kernels() {
           {likelihood_kernels<Bernoulli, T>(), likelihood_kernels<Gaussian, T>(),
            likelihood_kernels<DiscretizedLogistic, T>(), likelihood_kernels<NegativeBinomial, T>()},
           logistic_mixture_kernels<T>(),
+          reparametrize_kernels<T>(),
           row_update_kernels<T>()};
 }
 

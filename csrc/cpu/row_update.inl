@@ -10,23 +10,6 @@ static inline void fetch_ahead(const T* row, int64_t D) {
   for (int64_t i = 0; i < D && i < kFetchBytes / int64_t(sizeof(T)); i += line) __builtin_prefetch(row + i, 1);
 }
 
-// The first n lanes at p, zero in the others.
-template <class T>
-static inline Vec<T> load_lanes(const T* p, int64_t n) {
-  if (n >= kLanes<T>) return load(p);
-  T lanes[kLanes<T>] = {};
-  std::copy_n(p, n, lanes);
-  return load(lanes);
-}
-
-template <class T>
-static inline void store_lanes(T* p, int64_t n, Vec<T> v) {
-  if (n >= kLanes<T>) return store(p, v);
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  std::copy_n(lanes, n, p);
-}
-
 // Sum of the gradients of a segment, elements i and on.
 template <class T>
 static inline Vec<T> segment_gradient(const RowBatch<T>& b, int64_t segment, int64_t i) {

@@ -62,6 +62,23 @@ static inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
 
+// The first n lanes at p, zero in the others.
+template <class T>
+static inline Vec<T> load_lanes(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load(p);
+  T lanes[kLanes<T>] = {};
+  std::copy_n(p, n, lanes);
+  return load(lanes);
+}
+
+template <class T>
+static inline void store_lanes(T* p, int64_t n, Vec<T> v) {
+  if (n >= kLanes<T>) return store(p, v);
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  std::copy_n(lanes, n, p);
+}
+
 template <class T>
 static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // folds to a broadcast: x − 0 = x for every x, where 0 + x is not for −0

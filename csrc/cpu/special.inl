@@ -34,11 +34,11 @@ static inline Vec<T> minus_absolute(Vec<T> x) {
   return (Vec<T>)((IntVec<T>)x | (IntVec<T>)broadcast(T(-0.0)));
 }
 
-// e^x = power · (1 + rest) for x ≤ 0, or below the overflow, with a power of two. At least the smallest normal number; NaN
-// stays NaN.
+// e^x = power · (1 + rest) for x ≤ 0, or below the overflow, with a power of two; rest = excess + x where that is 1. At least
+// the smallest normal number; NaN stays NaN.
 template <class T>
 struct NonpositiveExp {
-  Vec<T> power, rest;
+  Vec<T> power, rest, excess;
 
   explicit NonpositiveExp(Vec<T> x) {
     using S = Simd<T>;
@@ -47,7 +47,8 @@ struct NonpositiveExp {
     const Vec<T> shifted = x * T(1.4426950408889634) + round;
     const Vec<T> n = shifted - round;
     const Vec<T> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
-    rest = horner(S::exp_poly, r) * r * r + r;
+    excess = horner(S::exp_poly, r) * r * r;
+    rest = excess + r;
     power = (Vec<T>)((IntVec<T>)shifted << S::mantissa);
   }
 };

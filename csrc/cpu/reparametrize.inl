@@ -1,0 +1,122 @@
+// See reparametrize.h. Elements are independent of one another. Samples are taken a few at a time for all rows of a tile, whose
+// elements lie next to one another in each: one element after the other would touch a page for each of its samples.
+
+constexpr int64_t kSampleTile = 4;       // samples
+constexpr int64_t kElementTile = 1024;   // elements, whose numbers stay in the L1 cache
+
+template <class T>
+static int64_t reparametrize_padded(int64_t D) {
+  return round_up(D, kLanes<T>);
+}
+
+template <class T>
+static int64_t reparametrize_rows(int64_t D) {
+  return std::max<int64_t>(kElementTile / std::max<int64_t>(reparametrize_padded<T>(D), 1), 1);
+}
+
+// Calls f(s, n, i, lanes, slot) for samples s to s + kSampleTile of the vectors of rows first to last, of `lanes` lanes from
+// element i, and each with room of its own in a tile. Of a row that is long enough the last one reaches back over elements that
+// it makes once more, which costs less than one that is filled and emptied in part.
+template <class T, class F>
+static inline void for_each_vector(const ReparametrizeInputs<T>& in, int64_t first, int64_t last, const F& f) {
+  const int64_t rows = reparametrize_rows<T>(in.D), padded = reparametrize_padded<T>(in.D);
+  for (int64_t tile = first; tile < last; tile += rows)
+    for (int64_t s = 0; s == 0 || s < in.S; s += kSampleTile)
+      for (int64_t n = tile; n < std::min(tile + rows, last); ++n) {
+        int64_t i = 0, slot = (n - tile) * padded;
+        for (; i + kLanes<T> <= in.D; i += kLanes<T>, slot += kLanes<T>) f(s, n, i, kLanes<T>, slot);
+        if (i < in.D && i > 0) f(s, n, in.D - kLanes<T>, kLanes<T>, slot);
+        if (i < in.D && i == 0) f(s, n, 0, in.D, slot);
+      }
+}
+
+// Of v = log σ², with h = v / 2: σ = e^h, from 0 to infinity, and from u = e^h − 1 and u − h to a few eps of themselves e^v − 1
+// and e^v − 1 − v. u − h is what the polynomial of exp adds to h where that needs no reduction, to 2 eps in float32.
+template <class T>
+struct ReparametrizeScale {
+  Vec<T> std, u, u_minus_h;
+
+  explicit ReparametrizeScale(Vec<T> log_var) {
+    using S = Simd<T>;
+    const Vec<T> h = log_var * T(0.5);
+    const NonpositiveExp<T> e(h);
+    std = e.rest * e.power + e.power, u = e.rest * e.power + (e.power - T(1));
+    std = h < S::exp_min ? Vec<T>{} : std;
+    std = h > S::exp_max ? broadcast<T>(kInf<T>) : std;
+    u = h > S::exp_max ? broadcast<T>(kInf<T>) : u;
+    u_minus_h = e.power == T(1) ? e.excess : u - h;
+  }
+
+  Vec<T> expm1() const { return u * (u + T(2)); }
+  Vec<T> expm1_minus_log_var() const { return u * u + (u_minus_h + u_minus_h); }
+};
+
+template <class T>
+static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t first, int64_t last) {
+  const ReparametrizeInputs<T>& in = p.inputs;
+  const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D);
+  Arena<T> arena(Scratch::task, tile);
+  T* const stds = arena.take(tile);
+  for_each_vector<T>(in, first, last, [=](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
+    const Vec<T> mean = load_lanes(in.mean.at(0, n) + i, lanes);
+    Vec<T> std;
+    if (s == 0) {
+      const ReparametrizeScale<T> scale(load_lanes(in.log_var.at(0, n) + i, lanes));
+      store_lanes(p.kl + n * in.D + i, lanes, (mean * mean + scale.expm1_minus_log_var()) * T(0.5));
+      std = scale.std;
+      if (in.S > kSampleTile) store(stds + slot, std);
+    } else {
+      std = load(stds + slot);
+    }
+    const T* noise = in.noise.at(s, n) + i;
+    T* z = p.z + (s * in.N + n) * in.D + i;
+    const int64_t next_noise = in.noise.stride_s, next_z = in.N * in.D;  // which would be read again after each store
+    for (int64_t left = std::min(kSampleTile, in.S - s); left > 0; --left, noise += next_noise, z += next_z)
+      store_lanes(z, lanes, std * load_lanes(noise, lanes) + mean);
+  });
+}
+
+// The gradients of one vector, of which those through z are `dmean` and `dstd`.
+template <class T>
+static inline void reparametrize_finish(const ReparametrizeBackward<T>& p, int64_t n, int64_t i, int64_t lanes, Vec<T> dmean,
+                                        Vec<T> dstd) {
+  const ReparametrizeInputs<T>& in = p.inputs;
+  Vec<T> dkl{};
+  if (p.grad_kl.data) {
+    const T* const grad = p.grad_kl.at(0, n);
+    dkl = p.grad_kl_is_shared ? broadcast(*grad) : load_lanes(grad + i, lanes);
+    dmean += dkl * load_lanes(in.mean.at(0, n) + i, lanes);
+  }
+  if (p.dmean) store_lanes(p.dmean + n * in.D + i, lanes, dmean);
+  if (!p.dlog_var) return;
+  const ReparametrizeScale<T> scale(load_lanes(in.log_var.at(0, n) + i, lanes));
+  Vec<T> dlog_var = scale.std * dstd;
+  if (p.grad_kl.data) dlog_var += dkl * scale.expm1();
+  store_lanes(p.dlog_var + n * in.D + i, lanes, dlog_var * T(0.5));
+}
+
+template <class T>
+static void reparametrize_backward(const ReparametrizeBackward<T>& p, int64_t first, int64_t last) {
+  const ReparametrizeInputs<T>& in = p.inputs;
+  const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D);
+  Arena<T> arena(Scratch::task, tile, tile);
+  T *const dmeans = arena.take(tile), *const dstds = arena.take(tile);
+  for_each_vector<T>(in, first, last, [=](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
+    const int64_t end = std::min(s + kSampleTile, in.S);
+    Vec<T> dmean = s ? load(dmeans + slot) : Vec<T>{}, dstd = s ? load(dstds + slot) : Vec<T>{};
+    if (p.grad_z.data) {
+      const T *grad = p.grad_z.at(s, n) + i, *noise = in.noise.at(s, n) + i;
+      for (int64_t r = s; r < end; ++r, grad += p.grad_z.stride_s, noise += in.noise.stride_s) {
+        const Vec<T> g = load_lanes(grad, lanes);
+        dmean += g, dstd += g * load_lanes(noise, lanes);
+      }
+    }
+    if (end == in.S) return reparametrize_finish(p, n, i, lanes, dmean, dstd);
+    store(dmeans + slot, dmean), store(dstds + slot, dstd);
+  });
+}
+
+template <class T>
+static constexpr ReparametrizeKernels<T> reparametrize_kernels() {
+  return {reparametrize_forward<T>, reparametrize_backward<T>};
+}

@@ -1,0 +1,96 @@
+// reparametrize_fwd and reparametrize_bwd on CPU tensors: allocation, the cut into tasks, launch. Arguments are checked in
+// kernels/reparametrize.py.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "binding.h"
+
+namespace latent_engine {
+namespace {
+
+constexpr int64_t kExpWork = 24, kSampleWork = 8;  // multiplications in the time of an element, and of a sample of one
+constexpr int64_t kLeastElements = 256;            // of a task: a kilobyte of each sample
+
+// As it is if the elements of a row lie next to one another.
+Tensor with_dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// [N, D] or [S, N, D].
+template <class T>
+ReparametrizeArray<T> array(const Tensor& t) {
+  const bool sampled = t.dim() == 3;
+  return {t.const_data_ptr<T>(), sampled ? t.stride(0) : 0, t.stride(sampled ? 1 : 0)};
+}
+
+template <class T>
+struct Call {
+  Tensor mean, log_var, noise;  // keeps the contiguous copies alive
+  ReparametrizeInputs<T> inputs;
+
+  Call(const Tensor& mean_, const Tensor& log_var_, const Tensor& noise_)
+      : mean(with_dense_rows(mean_)), log_var(with_dense_rows(log_var_)), noise(with_dense_rows(noise_)),
+        inputs{noise.dim() == 3 ? noise.size(0) : 1, mean.size(0), mean.size(1), array<T>(mean), array<T>(log_var),
+               array<T>(noise)} {}
+
+  template <class F>
+  void run(const F& rows) const {
+    const int64_t N = inputs.N, D = inputs.D, block = ceil_div(kLeastElements, std::max<int64_t>(D, 1));
+    in_parts(ceil_div(N, block), block * D * (kExpWork + inputs.S * kSampleWork),
+             [&](int64_t first, int64_t last) { rows(first * block, std::min(N, last * block)); });
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor> forward(const Tensor& mean, const Tensor& log_var, const Tensor& noise) {
+  const Call<T> call(mean, log_var, noise);
+  const auto& [S, N, D, m, v, e] = call.inputs;
+  Tensor z = noise.dim() == 3 ? empty(log_var, {S, N, D}) : empty(log_var, {N, D}), kl = empty(log_var, {N, D});
+  const ReparametrizeForward<T> p{call.inputs, z.mutable_data_ptr<T>(), kl.mutable_data_ptr<T>()};
+  call.run([&](int64_t first, int64_t last) { kernels<T>().reparametrize.forward(p, first, last); });
+  return {z, kl};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_z_, const std::optional<Tensor>& grad_kl_,
+                                    const Tensor& mean, const Tensor& log_var, const Tensor& noise, bool need_mean,
+                                    bool need_log_var) {
+  const Call<T> call(mean, log_var, noise);
+  const int64_t N = call.inputs.N, D = call.inputs.D;
+  const std::optional<Tensor> grad_z = grad_z_ ? std::optional<Tensor>(with_dense_rows(*grad_z_)) : std::nullopt;
+  const bool shared = grad_kl_ && grad_kl_->stride(1) == 0;  // of a sum
+  const std::optional<Tensor> grad_kl =
+      grad_kl_ ? std::optional<Tensor>(shared ? *grad_kl_ : with_dense_rows(*grad_kl_)) : std::nullopt;
+  Tensor dmean = empty(log_var, {need_mean ? N : 0, need_mean ? D : 0});
+  Tensor dlog_var = empty(log_var, {need_log_var ? N : 0, need_log_var ? D : 0});
+  const ReparametrizeBackward<T> p{call.inputs,
+                                   grad_z ? array<T>(*grad_z) : ReparametrizeArray<T>{},
+                                   grad_kl ? array<T>(*grad_kl) : ReparametrizeArray<T>{},
+                                   shared,
+                                   need_mean ? dmean.mutable_data_ptr<T>() : nullptr,
+                                   need_log_var ? dlog_var.mutable_data_ptr<T>() : nullptr};
+  call.run([&](int64_t first, int64_t last) { kernels<T>().reparametrize.backward(p, first, last); });
+  return {dmean, dlog_var};
+}
+
+std::tuple<Tensor, Tensor> reparametrize_fwd(const Tensor& mean, const Tensor& log_var, const Tensor& noise) {
+  return (mean.scalar_type() == ScalarType::Double ? forward<double> : forward<float>)(mean, log_var, noise);
+}
+
+std::tuple<Tensor, Tensor> reparametrize_bwd(const std::optional<Tensor>& grad_z, const std::optional<Tensor>& grad_kl,
+                                             const Tensor& mean, const Tensor& log_var, const Tensor& noise, bool need_mean,
+                                             bool need_log_var) {
+  const auto f = mean.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return f(grad_z, grad_kl, mean, log_var, noise, need_mean, need_log_var);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
+  m.impl("reparametrize_fwd", TORCH_BOX(&reparametrize_fwd));
+  m.impl("reparametrize_bwd", TORCH_BOX(&reparametrize_bwd));
+}
+
+}  // namespace
+}  // namespace latent_engine

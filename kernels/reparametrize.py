@@ -1,0 +1,132 @@
+"""Samples of a diagonal Gaussian posterior by reparametrisation, and its KL divergence to N(0, I), in one pass.
+
+For q(z | x_n) = N(μ_n, diag σ²_n), given as μ and v = log σ² (Kingma & Welling 2014, §2.4 and appendix B):
+
+    z_snd = μ_nd + σ_nd ε_snd        KL_nd = ½ (μ²_nd + e^v_nd − 1 − v_nd)
+
+Gradients, with g and k those that come in of z and KL:
+
+    ∂μ_nd = Σ_s g_snd + k_nd μ_nd        ∂v_nd = ½ (σ_nd Σ_s g_snd ε_snd + k_nd (e^v_nd − 1))
+
+Kernels take one exponential an element, σ = e^h for h = v/2, and with it u = e^h − 1 and u − h, each to full relative accuracy:
+then e^v − 1 = u (u + 2), and e^v − 1 − v = u² + 2 (u − h) has no cancellation left, where the formula as written loses all
+digits of the divergence of a posterior near the prior. Backward saves the arguments only.
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import Op, Support, register
+from .checks import HALF, check_data, check_shape, checked_floats
+from .library import Differentiable, Primitive, reference_gradients
+from .reference import reparametrize as reference
+
+
+def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Samples z = mean + exp(log_var / 2) · noise, and the divergence KL(N(mean, exp(log_var)) ‖ N(0, 1)), in nats.
+
+    Args:
+        mean, log_var: `[N, D]`, or of any other shape, that of one another. Where they are the halves of an encoder's output,
+            `encoder(x).chunk(2, 1)`, they are read in place.
+        noise: ε, draws of N(0, 1): of the shape of `mean`, or `[S, ...]` with an axis of samples before it. It is data and gets
+            no gradient: one that requires it is a ValueError.
+        backend: "cpp", "cuda", "triton" or "reference" instead of the automatic choice.
+
+    Returns:
+        z of the shape of `noise`, and the divergence of each element, of the shape of `mean`: its sum over the latent
+        dimensions is that of a row. float64 inputs give float64; float32, and bfloat16 and float16, give float32, as does
+        everything under autocast.
+
+    Differentiable, twice, in mean and log_var; a result that is not used costs nothing. Time O(S·N·D), and nothing is kept for
+    the backward pass but the arguments. The divergence is accurate relative to itself, also next to that of the prior. A NaN
+    spoils its element only. The same inputs give the same bits, at any number of threads.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit together, or the noise requires a gradient.
+        BackendError: the backend asked for cannot serve the call.
+
+    >>> reparametrize(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[0.0, 2.0]]))
+    (tensor([[1., 3.]]), tensor([[0.5000, 0.5000]]))
+    """
+    op = "reparametrize"
+    check_data(op, "noise", noise)
+    mean, log_var, noise = checked_floats(op, "log_var", mean=mean, log_var=log_var, noise=noise)
+    shape, shape_of_z = mean.shape, noise.shape
+    if log_var.shape != shape:
+        check_shape(op, "log_var", log_var, tuple(shape), "that of mean")
+    if shape_of_z != shape and shape_of_z[1:] != shape:
+        raise ValueError(f"{op}: noise must have the shape of mean = {list(shape)}, or [S, ...] with an axis of samples before "
+                         f"it, given {list(shape_of_z)}.")
+
+    is_matrix = len(shape) == 2
+    if not is_matrix:
+        mean, log_var, noise = _as_rows(mean, log_var, noise)
+    name = OP.choose(mean, backend)
+    z, kl = _reference(mean, log_var, noise) if name == "reference" else _reparametrize(name, mean, log_var, noise)
+    return (z, kl) if is_matrix else (z.reshape(shape_of_z), kl.reshape(shape))
+
+
+def _as_rows(mean: Tensor, log_var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean and log_var as [N, D], noise as [N, D] or [S, N, D]: halves of images of channels are views, too."""
+    shape, samples = mean.shape, noise.shape[:noise.dim() - mean.dim()]
+    rows = (shape[0], shape[1:].numel()) if len(shape) > 2 else (1, shape.numel())
+    return mean.reshape(rows), log_var.reshape(rows), noise.reshape(*samples, *rows)
+
+
+def _reference(mean, log_var, noise):
+    return reference.reparametrize(mean.to(log_var.dtype), log_var, noise)
+
+
+def _fake_fwd(mean, log_var, noise):
+    return noise.new_empty(noise.shape), log_var.new_empty(log_var.shape)
+
+
+def _fake_bwd(grad_z, grad_kl, mean, log_var, noise, need_mean, need_log_var):
+    return (mean.new_empty(mean.shape if need_mean else (0, 0)), log_var.new_empty(log_var.shape if need_log_var else (0, 0)))
+
+
+# mean, log_var: [N, D]; noise: [N, D] or [S, N, D]. One of the two incoming gradients may be None. Gradients not needed come
+# back empty.
+FWD = Primitive("reparametrize", "reparametrize_fwd", "(Tensor mean, Tensor log_var, Tensor noise) -> (Tensor, Tensor)",
+                _fake_fwd)
+BWD = Primitive("reparametrize", "reparametrize_bwd", "(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_var, "
+                "Tensor noise, bool need_mean, bool need_log_var) -> (Tensor, Tensor)", _fake_bwd)
+
+# On CPU the half-precision arguments reach the kernels as float32.
+OP = register(Op("reparametrize", "reparametrize_fwd", {
+    "cpp": Support(("cpu",), (torch.float32, torch.float64, *HALF)),
+    "triton": Support(("cuda",), (torch.float32, *HALF)),
+    "cuda": Support(("cuda",), (torch.float32, *HALF)),
+}))
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, bwd, grad_z, grad_kl):
+    tensors, (need_mean, need_log_var, _) = ctx.saved_tensors, ctx.needs_input_grad
+    if grad_z is None and grad_kl is None:
+        return None, None, None
+    if torch.is_grad_enabled():  # double backward
+        return reference_gradients(_reference, tensors, (need_mean, need_log_var, False), (grad_z, grad_kl))
+    dmean, dlog_var = bwd(grad_z, grad_kl, *tensors, need_mean, need_log_var)
+    return dmean if need_mean else None, dlog_var if need_log_var else None, None
+
+
+def _vmap(call, info, in_dims, mean, log_var, noise):
+    """A batch axis joins the rows."""
+    size = info.batch_size
+
+    def fold(t, dim):
+        t = t.unsqueeze(-3).expand(*t.shape[:-2], size, *t.shape[-2:]) if dim is None else t.movedim(dim, -3)
+        return t.flatten(-3, -2)
+
+    rows = mean.shape[-2] if in_dims[0] is None else mean.movedim(in_dims[0], 0).shape[-2]
+    z, kl = call(*(fold(t, d) for t, d in zip((mean, log_var, noise), in_dims, strict=True)))
+    z, kl = z.unflatten(-2, (size, rows)), kl.unflatten(-2, (size, rows))
+    return (z, kl), (z.dim() - 3, 0)
+
+
+_reparametrize = Differentiable(FWD, BWD, _save, _gradients, _vmap)
