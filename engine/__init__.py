@@ -36,6 +36,8 @@ _PUBLIC = {
     "VAEConfig": "systems.vae:VAEConfig",
     "VAEPlus": "systems.two_stage:VAEPlus",
     "VAEPlusConfig": "systems.two_stage:VAEPlusConfig",
+    "VLAE": "systems.vlae:VLAE",
+    "VLAEConfig": "systems.vlae:VLAEConfig",
     "fid": "metrics:fid",
     "fit": "trainer:fit",
     "frechet_distance": "metrics:frechet_distance",

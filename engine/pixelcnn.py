@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
 
 from .system import check_sizes
+from .weight_norm import weight_norm
 
 
 class CausalConv2d(nn.Linear):
@@ -41,31 +41,34 @@ class CausalConv2d(nn.Linear):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, centre: bool) -> None:
         if kernel % 2 == 0 or kernel + centre < 2:
             raise ValueError(f"A causal convolution needs an odd kernel, from 3 on without the centre; given {kernel}.")
-        self.kernel, self.radius = kernel, kernel // 2
-        super().__init__((self.radius * (kernel + 1) + centre) * in_channels, out_channels)
+        super().__init__((kernel * kernel // 2 + centre) * in_channels, out_channels)
+        self.in_channels, self.kernel, self.radius = in_channels, kernel, kernel // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = self.out_features, self.radius + 1, self.kernel, x.shape[-1]
+        shape = self.out_features, self.radius + 1, self.kernel, self.in_channels
         weight = F.pad(self.weight, (0, math.prod(shape[1:]) - self.in_features)).view(shape)
         output = F.conv2d(x.movedim(-1, 1), weight.movedim(-1, 1), self.bias, padding=self.radius)
         return output[:, :, :x.shape[1]].movedim(1, -1)  # below are the pixels whose windows reach out of the image
 
 
 class Window:
-    """A `CausalConv2d` for N images of which pixel after pixel becomes known."""
+    """A `CausalConv2d` for N images of `width` of which pixel after pixel becomes known: the present row and those it reads."""
 
-    def __init__(self, conv: CausalConv2d, n: int, height: int, width: int) -> None:
+    def __init__(self, conv: CausalConv2d, n: int, width: int) -> None:
         self.weight, self.bias, self.kernel, self.radius = conv.weight, conv.bias, conv.kernel, conv.radius
-        channels = -(-conv.in_features // (conv.radius * (conv.kernel + 1) + 1))
-        self.known = self.weight.new_zeros(n, height + self.radius, width + 2 * self.radius, channels)
+        self.known = self.weight.new_zeros(n, self.radius + 1, width + 2 * self.radius, conv.in_channels)
 
-    def write(self, row: int, column: int, value: Tensor) -> None:
-        """The input `[N, C]` at a pixel."""
-        self.known[:, row + self.radius, column + self.radius] = value
+    def next_row(self) -> None:
+        self.known = self.known.roll(-1, 1)
+        self.known[:, -1] = 0
 
-    def read(self, row: int, column: int) -> Tensor:
-        """The output `[N, O]` at a pixel."""
-        window = self.known[:, row:row + self.radius + 1, column:column + self.kernel].flatten(1)
+    def write(self, column: int, value: Tensor) -> None:
+        """The input `[N, C]` at a pixel of the present row."""
+        self.known[:, -1, column + self.radius] = value
+
+    def read(self, column: int) -> Tensor:
+        """The output `[N, O]` at a pixel of the present row."""
+        window = self.known[:, :, column:column + self.kernel].flatten(1)
         return F.linear(window[:, :self.weight.shape[1]], self.weight, self.bias)
 
 
@@ -82,10 +85,10 @@ class MaskedBlock(nn.Module):
         """`[N, H, W, width]` of whole images."""
         return F.elu(h + self.wide(F.elu(self.conv(F.elu(self.narrow(h))))))
 
-    def at(self, row: int, column: int, h: Tensor, window: Window) -> Tensor:
-        """`[N, width]` of one pixel."""
-        window.write(row, column, F.elu(self.narrow(h)))
-        return F.elu(h + self.wide(F.elu(window.read(row, column))))
+    def at(self, column: int, h: Tensor, window: Window) -> Tensor:
+        """`[N, width]` of one pixel of the present row."""
+        window.write(column, F.elu(self.narrow(h)))
+        return F.elu(h + self.wide(F.elu(window.read(column))))
 
 
 class Draw(NamedTuple):
@@ -136,18 +139,20 @@ class PixelCNN(nn.Module):
         """x ~ p(x | z) of each z `[N, D]`: a pixel is one where `noise` `[N, C, H, W]`, uniform in [0, 1), is below its p.
 
         As H·W calls of `forward` would give it. Time of about one of them, and H·W times that of some fifty small calls of
-        PyTorch; memory of the inputs of all causal convolutions.
+        PyTorch; memory of a few rows of the inputs of all causal convolutions.
         """
         _, height, width = self.shape
         with parametrize.cached():
             condition = self.condition(z).movedim(1, -1)
-            image, *windows = (Window(conv, len(z), height, width) for conv in (self.conv, *(b.conv for b in self.blocks)))
+            image, *windows = (Window(conv, len(z), width) for conv in (self.conv, *(block.conv for block in self.blocks)))
             logits = torch.empty_like(noise)
             for row in range(height):
+                for window in (image, *windows):
+                    window.next_row()
                 for column in range(width):
-                    h = F.elu(image.read(row, column) + condition[:, row, column])
+                    h = F.elu(image.read(column) + condition[:, row, column])
                     for block, window in zip(self.blocks, windows, strict=True):
-                        h = block.at(row, column, h, window)
+                        h = block.at(column, h, window)
                     logits[:, :, row, column] = found = self.head(h)
-                    image.write(row, column, noise[:, :, row, column] < found.sigmoid())
+                    image.write(column, noise[:, :, row, column] < found.sigmoid())
         return Draw((noise < logits.sigmoid()).to(noise.dtype), logits)

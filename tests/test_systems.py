@@ -10,9 +10,10 @@ from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
 from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
+from latent_engine.systems.vlae import VLAE, VLAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
-         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1}
+         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1, "kernels": (5, 3), "width": 8}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -25,6 +26,8 @@ VARIANTS = {
     "vae-handicapped": (VAE, VAEConfig(heads="relu_sigmoid", normalize_beta=True)),
     "vae-decoded-variance": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", mean_activation="sigmoid",
                                             activation="softplus")),
+    "vae-resnet-gaussian": (VAE, VAEConfig(likelihood="gaussian", network="resnet")),
+    "vlae-mixture": (VLAE, VLAEConfig(prior="mixture", samples=2)),
     "vae-decoded-conv": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", network="conv")),
     "vae-robust-gaussian": (VAE, VAEConfig(likelihood="gaussian", divergence_beta=0.01)),
     "iwae-gaussian-mixture": (IWAE, IWAEConfig(likelihood="gaussian", prior="mixture", estimator="stl")),
@@ -33,17 +36,22 @@ VARIANTS = {
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS
 
 
-@pytest.fixture(scope="module")
-def data():
-    """200 digits of 8×8 pixels."""
-    digits = load_data("digits").pixels(binarize=False)
-    return dataclasses.replace(digits, x=digits.x[:200], y=digits.y[:200])
-
-
 @pytest.fixture(params=SYSTEMS)
-def new(request, data):
+def named(request):
+    """A system and its configuration."""
+    return SYSTEMS[request.param]
+
+
+@pytest.fixture
+def data(named):
+    """200 digits of 8×8 pixels; of zeros and ones for a system that takes no others."""
+    return load_data("digits").pixels(binarize=named[0] is VLAE).take(torch.arange(200))
+
+
+@pytest.fixture
+def new(named, data):
     """Makes the system named, in small, from a seed."""
-    kind, config = SYSTEMS[request.param]
+    kind, config = named
     sizes = {name: SMALL[name] for name in SMALL if hasattr(config, name)} if kind.name != "dgd" else {}
     config = dataclasses.replace(config, **sizes)
 

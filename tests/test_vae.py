@@ -350,7 +350,7 @@ def test_a_vae_reconstructs_new_digits_better_than_the_best_linear_decoder_of_as
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"prior": "vamp"}, "prior must be one of normal, mixture, hierarchical, given 'vamp'"),
-    ({"network": "resnet"}, "network must be one of mlp, .* given 'resnet'"),
+    ({"network": "transformer"}, "network must be one of mlp, .* given 'transformer'"),
     ({"latent_dim": 0}, "latent_dim must be at least 1, given 0"),
     ({"samples": 0}, "samples must be at least 1, given 0"),
     ({"hidden": (20, 0)}, r"hidden must be at least 1, given \(20, 0\)"),

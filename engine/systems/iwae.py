@@ -80,7 +80,7 @@ class IWAE(VAE):
         z, alpha = bounds.reparametrize(posterior, config.samples), config.alpha
         if alpha == -math.inf and config.prior != "hierarchical":
             z, alpha = self._best(z, posterior, batch.x), 0.0
-        log_px_z, log_pz = self.likelihood.log_prob(self._decoder_output(z), batch.x), self._log_pz(z)
+        log_px_z, log_pz = self.likelihood.log_prob(self._decoder_output(z, batch.x), batch.x), self._log_pz(z)
         bound = importance_objective(z, *posterior, log_px_z, log_pz, estimator=config.estimator, alpha=alpha,
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
@@ -90,6 +90,6 @@ class IWAE(VAE):
     def _best(self, z: Tensor, posterior: Posterior, x: Tensor) -> Tensor:
         """The sample of largest weight of each row, `[S, N, D]` -> `[1, N, D]`."""
         with torch.no_grad():
-            log_px_z = self.likelihood.log_prob(self._decoder_output(z), x)
+            log_px_z = self.likelihood.log_prob(self._decoder_output(z, x), x)
             best = importance_log_weights(z, *posterior, log_px_z, self._log_pz(z)).argmax(0)
         return z[best, torch.arange(len(x), device=x.device)][None]

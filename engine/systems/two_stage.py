@@ -215,7 +215,7 @@ class VAEPlus(TwoStageVAE):
             codes = self.autoencoder.represent(x)
         return super().encode(codes)
 
-    def _decoder_output(self, z: Tensor) -> Tensor:
+    def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         codes = super()._decoder_output(z)
         with evaluating(self.autoencoder):
             return self.autoencoder._decoder_output(codes)

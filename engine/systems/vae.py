@@ -48,7 +48,9 @@ from ..likelihoods import (
     check_unit_interval,
 )
 from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
+from ..resnet import resnet_decoder, resnet_encoder
 from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes
+from ..weight_norm import start_from
 
 
 def _adam() -> OptimizerConfig:
@@ -76,7 +78,7 @@ class AEConfig:
     """Defaults: the networks of Burda et al. 2016 (§5)."""
 
     latent_dim: int = 50
-    network: Literal["mlp", "residual", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: its A.3, for 32×32
+    network: Literal["mlp", "residual", "conv", "resnet", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3, for 32×32
     affine_skip: bool = False  # adds W z + b to the outputs of the decoder
     hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
     activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of these layers
@@ -168,6 +170,7 @@ class AE(System):
         """A new system for images like `data`, whose mean its decoder starts from."""
         system = cls(config, data.x.shape[1:])
         system.check(data)
+        start_from(system, data)
         mean = data.x.mean(0)
         if config.likelihood == "bernoulli" or config.mean_activation == "sigmoid":
             mean = mean.clamp(1e-3, 1 - 1e-3).logit()
@@ -219,8 +222,8 @@ class AE(System):
         like = next(self.parameters())
         return torch.randn(n, self.config.latent_dim, generator=generator, dtype=like.dtype, device=like.device)
 
-    def _decoder_output(self, z: Tensor) -> Tensor:
-        """What the likelihood takes: `[..., D]` -> `[..., C, H, W]`."""
+    def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the likelihood of `x` `[N, C, H, W]` takes, if only from z: `[..., D]` -> `[..., C, H, W]`."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def _gamma(self) -> dict[str, Tensor]:
@@ -253,7 +256,7 @@ class VAE(AE):
         """Sums over pixels and latents, mean over the batch, in nats."""
         posterior = self.encode(batch.x)
         z = bounds.reparametrize(posterior, self.config.samples)
-        output = self._decoder_output(z)
+        output = self._decoder_output(z, batch.x)
         log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, z)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
@@ -289,7 +292,7 @@ class VAE(AE):
         if samples < 1:
             raise ValueError(f"samples must be at least 1, given {samples}.")
         z = bounds.reparametrize(posterior, samples, generator)
-        log_px_z = self.likelihood.log_prob(self._decoder_output(z), x)
+        log_px_z = self.likelihood.log_prob(self._decoder_output(z, x), x)
         return importance_log_weights(z, *posterior, log_px_z, self._log_pz(z, generator))
 
     def _sample_latent(self, n: int, generator: Generator | None) -> Tensor:
@@ -341,8 +344,9 @@ class VAE(AE):
 def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
     if config.network in ("mlp", "residual"):
         return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
-    if config.network == "conv":
-        return networks.conv_encoder(shape, outputs * config.latent_dim, config.capacity)
+    if config.network in ("conv", "resnet"):
+        build = networks.conv_encoder if config.network == "conv" else resnet_encoder
+        return build(shape, outputs * config.latent_dim, config.capacity)
     parts = [networks.dgd_cifar_encoder(config.latent_dim, shape, config.capacity, _depth(config)) for _ in range(outputs)]
     return parts[0] if outputs == 1 else networks.SideBySide(*parts)
 
@@ -356,8 +360,9 @@ def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
         if not config.hidden:
             raise ValueError("network='residual' takes the width of its decoder from the last of hidden, given ().")
         decoder = networks.residual_decoder(config.latent_dim, shape, config.hidden[-1])
-    elif config.network == "conv":
-        decoder = networks.conv_decoder(config.latent_dim, shape, config.capacity)
+    elif config.network in ("conv", "resnet"):
+        build = networks.conv_decoder if config.network == "conv" else resnet_decoder
+        decoder = build(config.latent_dim, shape, config.capacity)
     else:
         decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
     if config.affine_skip:
