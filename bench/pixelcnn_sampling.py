@@ -35,7 +35,7 @@ def full_passes(decoder: PixelCNN, z: Tensor, noise: Tensor) -> Draw:
 @torch.no_grad()
 def measure(decoder: PixelCNN, n: int, rounds: int = 3) -> dict[str, Timing]:
     """Seconds to draw `n` images, by name."""
-    z, noise = torch.randn(n, LATENT_DIM), torch.rand(n, *decoder.shape)
+    z, noise = torch.randn(n, LATENT_DIM), decoder.noise(n)
     whole = n < 16
     calls = {OURS: lambda: decoder.draw(z, noise),
              "full passes": lambda: full_passes(decoder, z, noise) if whole else decoder(z, noise.round())}

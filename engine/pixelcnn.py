@@ -1,101 +1,50 @@
 """Autoregressive decoders of binary images: p(x | z) = Π_i p(x_i | x_<i, z), pixels in raster order.
 
-A PixelCNN (van den Oord et al. 2016) reads the pixels before each pixel by convolutions whose later weights are zero, so
-that one pass gives p(x_i | x_<i, z) of all pixels of an image that is known. A new image takes a pixel after another, and
-so a pass for each of its H·W pixels. Here a layer remembers what it has read, and evaluates the window of one pixel only:
-the same numbers, at the cost of about one pass.
-
-`PixelCNN` is the decoder of the variational lossy autoencoder (Chen et al. 2017) with the kernels of "MAE: Mutual
-Posterior-Divergence Regularization for Variational Autoencoders" (§4.1). Inside, channels come last: all of it but the
-convolutions are then maps of the last axis, for whole images and for single pixels alike.
+`PixelCNN` (van den Oord et al. 2016) is the decoder of the variational lossy autoencoder (Chen et al. 2017) with the kernels of
+"MAE: Mutual Posterior-Divergence Regularization for Variational Autoencoders" (§4.1). It gives the parameters of all pixels of
+known images in one pass, and draws images at the cost of about one (`causal`).
 
 Traps. The paper has six masked convolutions, kernels (7, 7, 5, 5, 3, 3); its authors' code has (7, 7, 7, 5, 5, 3, 3), the
-first one without the pixel itself, and more skip connections, past three blocks each.
+first one without the pixel itself, and more skip connections, past three blocks each. Such a stack has a blind spot above and
+right of each pixel, which grows with the distance.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from .causal import Window, masked_conv
 from .system import check_sizes
 from .weight_norm import weight_norm
 
-
-class CausalConv2d(nn.Linear):
-    """A convolution over pixels before each pixel in raster order: `[N, H, W, C]` -> `[N, H, W, O]`.
-
-    That is a masked convolution (van den Oord et al. 2016, §3.4) without the weights that the mask sets to zero. `weight`
-    `[O, taps · C]` has those of the window's pixels in raster order up to the one in its middle.
-
-    Args:
-        in_channels, out_channels: C and O.
-        kernel: height and width of the window around a pixel, of which the upper half counts; odd.
-        centre: whether the pixel itself belongs to what is read (mask B), or not (mask A).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, centre: bool) -> None:
-        if kernel % 2 == 0 or kernel + centre < 2:
-            raise ValueError(f"A causal convolution needs an odd kernel, from 3 on without the centre; given {kernel}.")
-        super().__init__((kernel * kernel // 2 + centre) * in_channels, out_channels)
-        self.in_channels, self.kernel, self.radius = in_channels, kernel, kernel // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = self.out_features, self.radius + 1, self.kernel, self.in_channels
-        weight = F.pad(self.weight, (0, math.prod(shape[1:]) - self.in_features)).view(shape)
-        output = F.conv2d(x.movedim(-1, 1), weight.movedim(-1, 1), self.bias, padding=self.radius)
-        return output[:, :, :x.shape[1]].movedim(1, -1)  # below are the pixels whose windows reach out of the image
+Map = Callable[[Tensor], Tensor]
 
 
-class Window:
-    """A `CausalConv2d` for N images of `width` of which pixel after pixel becomes known: the present row and those it reads."""
+class Draw(NamedTuple):
+    """Images `x` `[N, C, H, W]`, and the decoder's `output` that each pixel was drawn from, given those before it."""
 
-    def __init__(self, conv: CausalConv2d, n: int, width: int) -> None:
-        self.weight, self.bias, self.kernel, self.radius = conv.weight, conv.bias, conv.kernel, conv.radius
-        self.known = self.weight.new_zeros(n, self.radius + 1, width + 2 * self.radius, conv.in_channels)
-
-    def next_row(self) -> None:
-        self.known = self.known.roll(-1, 1)
-        self.known[:, -1] = 0
-
-    def write(self, column: int, value: Tensor) -> None:
-        """The input `[N, C]` at a pixel of the present row."""
-        self.known[:, -1, column + self.radius] = value
-
-    def read(self, column: int) -> Tensor:
-        """The output `[N, O]` at a pixel of the present row."""
-        window = self.known[:, :, column:column + self.kernel].flatten(1)
-        return F.linear(window[:, :self.weight.shape[1]], self.weight, self.bias)
+    x: Tensor
+    output: Tensor
 
 
 class MaskedBlock(nn.Module):
-    """h + W₂ elu(causal convolution(elu(W₁ h))) of half as many channels inside, then elu."""
+    """elu(h + W₂ elu(masked convolution(elu(W₁ h)))), with half as many channels inside."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         inner = max(1, width // 2)
         self.narrow, self.wide = weight_norm(nn.Linear(width, inner)), weight_norm(nn.Linear(inner, width))
-        self.conv = weight_norm(CausalConv2d(inner, inner, kernel, centre=True))
+        self.conv = weight_norm(masked_conv(inner, inner, kernel, centre=True))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """`[N, H, W, width]` of whole images."""
-        return F.elu(h + self.wide(F.elu(self.conv(F.elu(self.narrow(h))))))
-
-    def at(self, column: int, h: Tensor, window: Window) -> Tensor:
-        """`[N, width]` of one pixel of the present row."""
-        window.write(column, F.elu(self.narrow(h)))
-        return F.elu(h + self.wide(F.elu(window.read(column))))
-
-
-class Draw(NamedTuple):
-    """Images `x` `[N, C, H, W]` of zeros and ones, and the `logits` of their pixels given those before."""
-
-    x: Tensor
-    logits: Tensor
+    def forward(self, h: Tensor, conv: Map | None = None) -> Tensor:
+        """`[..., width]`; `conv` takes the place of the convolution where it is evaluated at single pixels."""
+        return F.elu(h + self.wide(F.elu((conv or self.conv)(F.elu(self.narrow(h))))))
 
 
 class PixelCNN(nn.Module):
@@ -106,8 +55,8 @@ class PixelCNN(nn.Module):
     Args:
         latent_dim: D, of z.
         shape: of the images.
-        kernels: odd widths of the windows of the causal convolutions, of which the first reads the image and leaves the
-            pixel itself out; the others are in residual blocks.
+        kernels: odd widths of the masked convolutions, of which the first reads the image and leaves the pixel itself out; the
+            others are in residual blocks.
         width: channels of a layer; the convolutions of the blocks have half of them.
         features: maps that z becomes.
     """
@@ -120,7 +69,7 @@ class PixelCNN(nn.Module):
         check_sizes(latent_dim=latent_dim, width=width, features=features)
         self.shape = channels, *sides = tuple(shape)
         first, *rest = kernels
-        self.conv = weight_norm(CausalConv2d(channels, width, first, centre=False))
+        self.conv = weight_norm(masked_conv(channels, width, first, centre=False))
         self.condition = nn.Sequential(weight_norm(nn.Linear(latent_dim, features * math.prod(sides))), nn.ELU(),
                                        nn.Unflatten(1, (features, *sides)),
                                        weight_norm(nn.Conv2d(features, width, first, padding=first // 2)))
@@ -134,12 +83,17 @@ class PixelCNN(nn.Module):
             h = block(h)
         return self.head(h).movedim(-1, 1)
 
+    def noise(self, n: int, generator: Generator | None = None) -> Tensor:
+        """What `draw` makes `n` images from: uniform in [0, 1), `[n, C, H, W]`."""
+        like = self.head[-1].bias
+        return torch.rand(n, *self.shape, generator=generator, dtype=like.dtype, device=like.device)
+
     @torch.no_grad()
     def draw(self, z: Tensor, noise: Tensor) -> Draw:
-        """x ~ p(x | z) of each z `[N, D]`: a pixel is one where `noise` `[N, C, H, W]`, uniform in [0, 1), is below its p.
+        """x ~ p(x | z) of each z `[N, D]`: a pixel is one where the `noise` is below its probability.
 
         As H·W calls of `forward` would give it. Time of about one of them, and H·W times that of some fifty small calls of
-        PyTorch; memory of a few rows of the inputs of all causal convolutions.
+        PyTorch; memory of a few rows of the inputs of all masked convolutions.
         """
         _, height, width = self.shape
         with parametrize.cached():
@@ -152,7 +106,7 @@ class PixelCNN(nn.Module):
                 for column in range(width):
                     h = F.elu(image.read(column) + condition[:, row, column])
                     for block, window in zip(self.blocks, windows, strict=True):
-                        h = block.at(column, h, window)
+                        h = block(h, partial(window.at, column))
                     logits[:, :, row, column] = found = self.head(h)
                     image.write(column, noise[:, :, row, column] < found.sigmoid())
         return Draw((noise < logits.sigmoid()).to(noise.dtype), logits)

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from latent_engine.bench.pixelcnn_sampling import full_passes
-from latent_engine.pixelcnn import CausalConv2d, PixelCNN
+from latent_engine.causal import CausalConv2d, Window, masked_conv
+from latent_engine.pixelcnn import PixelCNN
 
 PAPER, CODE = (7, 7, 5, 5, 3, 3), (7, 7, 7, 5, 5, 3, 3)
 
@@ -20,15 +21,42 @@ def decoder(shape=(1, 5, 4), kernels=(5, 3, 3), dtype=torch.float64, **sizes):
 
 @pytest.mark.parametrize(("kernel", "centre"), [(1, True), (3, True), (3, False), (5, False), (7, True)])
 @pytest.mark.parametrize("sides", [(6, 9), (2, 3), (1, 1)])
-def test_a_causal_convolution_is_a_masked_one(kernel, centre, sides):
+def test_a_masked_convolution_has_the_weights_before_its_centre(kernel, centre, sides):
     torch.manual_seed(0)
-    conv, x = CausalConv2d(3, 4, kernel, centre).double(), torch.randn(2, *sides, 3, dtype=torch.float64)
+    conv, x = masked_conv(3, 4, kernel, centre).double(), torch.randn(2, *sides, 3, dtype=torch.float64)
     masked = torch.zeros(4, 3, kernel, kernel, dtype=torch.float64)
     last = kernel * kernel // 2 + centre
     for tap in range(last):
         masked[:, :, tap // kernel, tap % kernel] = conv.weight.view(4, last, 3)[:, tap]
     expected = F.conv2d(x.movedim(-1, 1), masked, conv.bias, padding=kernel // 2).movedim(1, -1)
     torch.testing.assert_close(conv(x), expected)
+
+
+WINDOWS = {"down": (1, 1, 1, 3), "down-right": (1, 1, 0, 2), "above": (2, 1, 1, 0), "wide": (1, 0, 3, 1)}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("sides", [(6, 5), (1, 2)])
+def test_a_window_gives_the_outputs_of_a_convolution_by_rows_and_by_pixels(kind, sides):
+    torch.manual_seed(0)
+    (above, left, right, last), (height, width) = WINDOWS[kind], sides
+    conv, x = CausalConv2d(3, 4, above, left, right, last).double(), torch.randn(2, *sides, 3, dtype=torch.float64)
+    expected = torch.empty(2, *sides, 4, dtype=torch.float64)
+    padded = np.pad(x.numpy(), ((0, 0), (above, 0), (left, right), (0, 0)))
+    for row, column in np.ndindex(sides):
+        seen = padded[:, row:row + above + 1, column:column + left + 1 + right].reshape(2, -1)[:, :conv.in_features]
+        expected[:, row, column] = conv.bias.detach() + torch.from_numpy(seen) @ conv.weight.detach().T
+    torch.testing.assert_close(conv(x).detach(), expected)
+    by_row, by_pixel = Window(conv, 2, width), Window(conv, 2, width)
+    with torch.no_grad():
+        for row in range(height):
+            by_row.next_row()
+            by_pixel.next_row()
+            torch.testing.assert_close(by_row.row(x[:, row]), expected[:, row])
+            for column in range(width):
+                by_pixel.write(column, x[:, row, column])
+                if last <= left + 1:
+                    torch.testing.assert_close(by_pixel.read(column), expected[:, row, column])
 
 
 def reach(height, width, kernels):
@@ -76,9 +104,9 @@ def test_drawing_pixel_by_pixel_gives_the_images_of_full_passes(shape, kernels, 
     z, noise = torch.randn(n, 3, dtype=dtype), torch.rand(n, *shape, dtype=dtype)
     found, expected = network.draw(z, noise), full_passes(network, z, noise)
     assert torch.equal(found.x, expected.x)
-    torch.testing.assert_close(found.logits, expected.logits)
-    torch.testing.assert_close(found.logits, network(z, found.x).detach())
-    assert found.x.unique().tolist() in ([0.0], [1.0], [0.0, 1.0]) and not found.logits.requires_grad
+    torch.testing.assert_close(found.output, expected.output)
+    torch.testing.assert_close(found.output, network(z, found.x).detach())
+    assert found.x.unique().tolist() in ([0.0], [1.0], [0.0, 1.0]) and not found.output.requires_grad
 
 
 def test_an_image_depends_on_its_own_z_and_noise_alone():
@@ -89,8 +117,8 @@ def test_an_image_depends_on_its_own_z_and_noise_alone():
 
 
 @pytest.mark.parametrize(("build", "words"), [
-    (lambda: PixelCNN(3, (1, 4, 4), (4, 3)), "odd kernel, from 3 on without the centre; given 4"),
-    (lambda: PixelCNN(3, (1, 4, 4), (1, 3)), "odd kernel, from 3 on without the centre; given 1"),
+    (lambda: PixelCNN(3, (1, 4, 4), (4, 3)), "needs an odd kernel, given 4"),
+    (lambda: PixelCNN(3, (1, 4, 4), (1, 3)), "1×1 without its centre has none"),
     (lambda: PixelCNN(3, (1, 4, 4), ()), "at least one convolution: kernels is empty"),
     (lambda: PixelCNN(3, (1, 4, 4), width=0), "width must be at least 1, given 0"),
 ])

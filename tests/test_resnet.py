@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_engine.pixelcnn import CausalConv2d
+from latent_engine.causal import masked_conv
 from latent_engine.resnet import ResidualBlock, resnet_decoder, resnet_encoder
 from latent_engine.weight_norm import starting, weight_norm
 
@@ -37,7 +37,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(4, 3), (5, 4), 0),
     "convolution": (lambda: nn.Conv2d(4, 3, 3), (5, 4, 6, 7), 0),
     "transposed": (lambda: nn.ConvTranspose2d(4, 3, 3, 2), (5, 4, 6, 7), 1),
-    "causal": (lambda: CausalConv2d(4, 3, 5, False), (5, 6, 7, 4), 0),
+    "causal": (lambda: masked_conv(4, 3, 5, False), (5, 6, 7, 4), 0),
 }
 
 

@@ -156,6 +156,7 @@ class AE(System):
     config_type = AEConfig
     config: AEConfig
     outputs = 1  # of the encoder, for each latent dimension
+    autoregressive = False  # whether the decoder sees x
 
     def __init__(self, config: AEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:

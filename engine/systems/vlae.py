@@ -15,7 +15,7 @@ over the batch, with no gradient below; the paper says of its Table 1 that VLAE 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -51,13 +51,14 @@ class VLAEConfig(VAEConfig):
 class VLAE(VAE):
     """A VLAE of binary images of `shape` (C, H, W); `encoder` is as in `VAE`.
 
-    `decoder` maps z `[N, latent_dim]` and x `[N, C, H, W]` to logits `[N, C, H, W]`, each from the pixels before it, and has a
-    method `draw` as `PixelCNN` has.
+    `decoder` maps z `[N, latent_dim]` and x `[N, C, H, W]` to logits `[N, C, H, W]`, each from the pixels before it, and has
+    methods `noise` and `draw` as `PixelCNN` has.
     """
 
     name = "vlae"
     config_type = VLAEConfig
     config: VLAEConfig
+    autoregressive = True
 
     def __init__(self, config: VLAEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:
@@ -78,10 +79,6 @@ class VLAE(VAE):
             raise ValueError("A VLAE draws pixels of zeros and ones, each from those before it, and so it is trained on such; "
                              "binarise the images: Data.pixels(\"dynamic\"), --binarize dynamic.")
 
-    def monitor(self, x: Tensor, prior: nn.Module | None = None) -> dict[str, Any]:
-        """As in `VAE`, of every fifth row: as many as a batch, for the sake of memory."""
-        return super().monitor(x[::5], prior)
-
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """p(x_i = 1 | x_<i, z) `[..., C, H, W]` along an image x drawn from p(x | z), for z `[..., D]`; without gradient.
@@ -89,15 +86,15 @@ class VLAE(VAE):
         The noise is the same for every z and every call.
         """
         rows = z.flatten(0, -2)
-        noise = torch.rand(self.shape, generator=Generator().manual_seed(0)).to(z).expand(len(rows), *self.shape)
-        return self.decoder.draw(rows, noise).logits.sigmoid().unflatten(0, z.shape[:-1])
+        noise = self.decoder.noise(1, Generator(z.device).manual_seed(0))
+        drawn = self.decoder.draw(rows, noise.expand(len(rows), *noise.shape[1:]))
+        return self.likelihood.mean(drawn.output).unflatten(0, z.shape[:-1])
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False) -> Tensor:
         """`n` images `[n, C, H, W]` with z from the prior; without `noise` the probability of each of their pixels."""
-        z = self._sample_latent(n, generator)
-        drawn = self.decoder.draw(z, torch.rand(n, *self.shape, generator=generator, dtype=z.dtype, device=z.device))
-        return drawn.x if noise else drawn.logits.sigmoid()
+        drawn = self.decoder.draw(self._sample_latent(n, generator), self.decoder.noise(n, generator))
+        return drawn.x if noise else self.likelihood.mean(drawn.output)
 
     def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         lead, x = z.shape[:-1], x.expand(*z.shape[:-1], *self.shape).flatten(0, -len(self.shape) - 1)
