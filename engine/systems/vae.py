@@ -11,7 +11,8 @@ counterpart, which an outlier moves less: p(x | z)^β is of all pixels together,
 ones, and for densities it grows without bound with γ → 0. An AE has no posterior: −log p(x | f(x)) alone.
 
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
-parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
+parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers; `VampPrior`, the mixture
+of the posteriors of learned pseudo-inputs.
 
 Deep decoders may leave all of z unused, a local minimum from which `affine_skip`, a decoder f(z) + W z + b, and more
 dimensions than the data have lead out; with a learned variance the superfluous ones turn to noise ("On the
@@ -47,7 +48,7 @@ from ..likelihoods import (
     OptimalGaussian,
     check_unit_interval,
 )
-from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
+from ..priors import prior_for
 from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes
 
 
@@ -99,8 +100,9 @@ class AEConfig:
 class EncoderConfig(AEConfig):
     """What models with a Gaussian encoder share."""
 
-    prior: Literal["normal", "mixture", "hierarchical"] = "normal"
-    components: int = 10  # of the mixture
+    prior: Literal["normal", "mixture", "hierarchical", "vamp"] = "normal"
+    components: int = 10  # of the mixture; pseudo-inputs of the VampPrior
+    pseudo_inputs: Literal["random", "data"] = "random"  # that it starts from: noise, or training rows
     top_dim: int = 50  # of the upper layer of the hierarchical prior; latent_dim is that of the lower one
     top_hidden: tuple[int, ...] = (100, 100)  # layers between the two
     heads: Literal["linear", "relu_sigmoid"] = "linear"  # relu_sigmoid: means ≥ 0, deviations < 1 (DGD paper's baseline)
@@ -246,8 +248,16 @@ class VAE(AE):
     def __init__(self, config: VAEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:
         super().__init__(config, shape, encoder, decoder)
-        self.prior = _prior(config)
+        self.prior = prior_for(config, self.encode, self.shape)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def for_data(cls, config: VAEConfig, data: Data) -> "VAE":
+        """As of `AE`; with pseudo_inputs="data" the VampPrior starts from rows of `data` too."""
+        system = super().for_data(config, data)
+        if config.prior == "vamp" and config.pseudo_inputs == "data":
+            system.prior.start_from(data.x)
+        return system
 
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """Sums over pixels and latents, mean over the batch, in nats."""
@@ -385,12 +395,3 @@ def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | DecodedGaussian | Le
     if config.gamma == "optimal":
         return OptimalGaussian(config.variance)
     return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
-
-
-def _prior(config: EncoderConfig) -> nn.Module:
-    if config.prior == "normal":
-        return StandardNormal(config.latent_dim)
-    if config.prior == "hierarchical":
-        return HierarchicalPrior(config.latent_dim, config.top_dim, config.top_hidden)
-    # As wide as N(0, I) at the start: means within its radius, variances of one.
-    return GaussianMixturePrior(config.components, config.latent_dim, radius=config.latent_dim**0.5, log_precision_mean=0)
