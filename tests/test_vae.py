@@ -160,7 +160,7 @@ def test_a_hierarchical_prior_weighs_both_layers():
     assert draws.mean().item() == pytest.approx(np.trapezoid(density, grid[:, 0]), rel=0.01)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture", "hierarchical", "vamp"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "hierarchical", "vamp", "maf", "iaf", "realnvp"])
 def test_log_weights_average_to_the_elbo_and_chunks_are_one_stream(prior):
     system, batch = tiny(prior=prior, components=3, top_dim=2, top_hidden=(5,))
     posterior = system.encode(batch.x)
@@ -395,11 +395,12 @@ def test_a_vae_reconstructs_new_digits_better_than_the_best_linear_decoder_of_as
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"prior": "cauchy"}, "prior must be one of normal, mixture, hierarchical, vamp, given 'cauchy'"),
+    ({"prior": "cauchy"}, "prior must be one of normal, mixture, hierarchical, vamp, maf, iaf, realnvp, given 'cauchy'"),
     ({"network": "resnet"}, "network must be one of mlp, .* given 'resnet'"),
     ({"latent_dim": 0}, "latent_dim must be at least 1, given 0"),
     ({"samples": 0}, "samples must be at least 1, given 0"),
     ({"hidden": (20, 0)}, r"hidden must be at least 1, given \(20, 0\)"),
+    ({"flow_blocks": 0}, "flow_blocks must be at least 1, given 0"),
     ({"variance": 0.0}, r"variance must be positive and finite, given 0\.0"),
     ({"beta": -1.0}, r"beta must be at least 0 and finite, given -1\.0"),
     ({"free_bits": math.nan}, "free_bits must be at least 0 and finite, given nan"),

@@ -12,7 +12,7 @@ ones, and for densities it grows without bound with γ → 0. An AE has no poste
 
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
 parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers; `VampPrior`, the mixture
-of the posteriors of learned pseudo-inputs.
+of the posteriors of learned pseudo-inputs; normalizing flows (`FlowPrior`).
 
 Deep decoders may leave all of z unused, a local minimum from which `affine_skip`, a decoder f(z) + W z + b, and more
 dimensions than the data have lead out; with a learned variance the superfluous ones turn to noise ("On the
@@ -100,18 +100,21 @@ class AEConfig:
 class EncoderConfig(AEConfig):
     """What models with a Gaussian encoder share."""
 
-    prior: Literal["normal", "mixture", "hierarchical", "vamp"] = "normal"
+    prior: Literal["normal", "mixture", "hierarchical", "vamp", "maf", "iaf", "realnvp"] = "normal"
     components: int = 10  # of the mixture; pseudo-inputs of the VampPrior
     pseudo_inputs: Literal["random", "data"] = "random"  # that it starts from: noise, or training rows
     top_dim: int = 50  # of the upper layer of the hierarchical prior; latent_dim is that of the lower one
     top_hidden: tuple[int, ...] = (100, 100)  # layers between the two
+    flow_blocks: int = 8  # of maf, iaf and realnvp
+    flow_hidden: tuple[int, ...] = (320,)  # layers of each block
     heads: Literal["linear", "relu_sigmoid"] = "linear"  # relu_sigmoid: means ≥ 0, deviations < 1 (DGD paper's baseline)
     samples: int = 1  # of z for a row
     optim: VAEOptim = field(default_factory=VAEOptim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples,
+                    flow_blocks=self.flow_blocks, flow_hidden=self.flow_hidden)
 
 
 @dataclass(frozen=True)
