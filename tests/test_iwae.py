@@ -1,5 +1,6 @@
 """Importance-weighted autoencoders: losses against NumPy, gradients against their formulas, bounds in their order."""
 
+import copy
 import math
 
 import numpy as np
@@ -23,6 +24,8 @@ def tiny(kind=IWAE, config=IWAEConfig, scale=1.0, **settings):
     with torch.no_grad():
         for p in [*system.encoder.parameters(), *system.decoder.parameters()]:
             p.mul_(scale)
+        for block in getattr(getattr(system.prior, "flow", None), "blocks", ()):  # which start as the identity
+            block.head.weight.normal_(std=0.02)
     x = torch.rand(5, *SHAPE, dtype=torch.float64).round()
     return system, Batch(x, torch.arange(5))
 
@@ -62,7 +65,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize(("bound", "prior"), [
-    (bound, prior) for bound, (settings, _) in BOUNDS.items() for prior in ("normal", "mixture", "hierarchical")
+    (bound, prior) for bound, (settings, _) in BOUNDS.items() for prior in ("normal", "mixture", "hierarchical", "vamp")
     if prior != "hierarchical" or "estimator" not in settings])  # the others' estimators are of one layer
 def test_the_loss_is_the_negative_bound(bound, prior):
     settings, formula = BOUNDS[bound]
@@ -71,7 +74,7 @@ def test_the_loss_is_the_negative_bound(bound, prior):
 
 
 def surrogates(estimator, log_w, path):
-    """What has the estimator's gradient in the encoder and in the decoder; `path` is log w with q's parameters fixed."""
+    """What has the estimator's gradient in q and in the decoder and prior; `path` is log w with q's parameters fixed."""
     w = log_w.detach().softmax(0)
     if estimator == "iwae":
         return (w * log_w).sum(0), (w * log_w).sum(0)
@@ -84,22 +87,26 @@ def surrogates(estimator, log_w, path):
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg", "piwae"])
-@pytest.mark.parametrize("prior", ["normal", "mixture"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "maf", "iaf"])
 def test_gradients_are_those_of_the_estimator(estimator, prior):
     system, batch = tiny(estimator=estimator, prior=prior, scale=2.0, groups=3 if estimator == "piwae" else 1)
+    twin = copy.deepcopy(system)  # whose encoder is that of a VampPrior alone
     posterior = system.encode(batch.x)
     torch.manual_seed(0)
     z = reparametrize(posterior, S)
     normal, bernoulli = torch.distributions.Normal, torch.distributions.Bernoulli
     logits = system.decoder(z.flatten(0, 1)).unflatten(0, (S, 5))
     log_joint = bernoulli(logits=logits).log_prob(batch.x).sum((2, 3, 4))
-    log_joint = log_joint + (normal(0, 1).log_prob(z).sum(2) if prior == "normal" else system.prior(z))
+    log_joint = log_joint + (normal(0, 1).log_prob(z).sum(2) if prior == "normal" else twin.prior(z))
     free, fixed = (log_joint - normal(mean, (0.5 * log_var).exp()).log_prob(z).sum(2)
                    for mean, log_var in (posterior, Posterior(*(t.detach() for t in posterior))))
     encoder, decoder = list(system.encoder.parameters()), list(system.decoder.parameters())
     for_encoder, for_decoder = surrogates(estimator, free, fixed)
     expected = [*torch.autograd.grad(-for_encoder.mean(), encoder, retain_graph=True),
-                *torch.autograd.grad(-for_decoder.mean(), decoder)]
+                *torch.autograd.grad(-for_decoder.mean(), decoder, retain_graph=True)]
+    if prior == "vamp":
+        of_prior = torch.autograd.grad(-for_decoder.mean(), list(twin.encoder.parameters()))
+        expected[:len(encoder)] = [a + b for a, b in zip(expected, of_prior, strict=False)]
     total(system, batch).backward()
     torch.testing.assert_close([p.grad for p in encoder + decoder], expected)
 

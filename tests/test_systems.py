@@ -13,7 +13,8 @@ from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 from latent_engine.systems.vlae import VLAE, VLAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
-         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1, "kernels": (5, 3), "width": 8}
+         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1, "flow_blocks": 2,
+         "flow_hidden": (16,), "kernels": (5, 3), "width": 8}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -31,6 +32,8 @@ VARIANTS = {
     "vae-decoded-conv": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", network="conv")),
     "vae-robust-gaussian": (VAE, VAEConfig(likelihood="gaussian", divergence_beta=0.01)),
     "iwae-gaussian-mixture": (IWAE, IWAEConfig(likelihood="gaussian", prior="mixture", estimator="stl")),
+    "vae-iaf-prior": (VAE, VAEConfig(prior="iaf")),
+    "iwae-vamp": (IWAE, IWAEConfig(prior="vamp", estimator="dreg", samples=5)),
     "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),
 }
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS

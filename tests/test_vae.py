@@ -1,5 +1,6 @@
 """Autoencoders: their losses against NumPy, what makes their variants, and settings that contradict each other."""
 
+import copy
 import dataclasses
 import math
 
@@ -93,6 +94,51 @@ def test_a_mixture_prior_has_a_monte_carlo_kl():
     assert loss(system, batch)["total"] == pytest.approx(expected, rel=1e-10)
 
 
+def test_a_vamp_prior_is_the_mixture_of_the_posteriors_of_its_pseudo_inputs():
+    system, batch = tiny(prior="vamp", components=3, samples=2)
+    with torch.no_grad():
+        system.prior.inputs.copy_(2 * torch.rand(3, *SHAPE) - 0.5)
+    mean, std, z, logits = seen(system, batch.x)
+    means, stds, *_ = seen(system, system.prior.inputs.clamp(0, 1))
+    density = sum(NORMAL(m, s).pdf(z).prod(2) for m, s in zip(means, stds, strict=True)) / 3
+    kl = -NORMAL(mean, std).entropy().sum(1).mean() - np.log(density).mean()
+    assert loss(system, batch)["kl"] == pytest.approx(kl, rel=1e-10)
+    assert loss(system, batch)["total"] == pytest.approx(kl - log_bernoulli(logits, batch.x.numpy()).mean(), rel=1e-10)
+
+
+@pytest.mark.parametrize("settings", [{}, {"likelihood": "gaussian", "mean_activation": "sigmoid"}, {"likelihood": "gaussian"}],
+                         ids=["bernoulli", "sigmoid", "unbounded"])
+def test_pseudo_inputs_stay_in_the_range_of_the_data_and_are_parameters_of_the_prior_alone(settings):
+    system, batch = tiny(prior="vamp", components=3, **settings)
+    assert [name for name, _ in system.prior.named_parameters()] == ["inputs"]
+    with torch.no_grad():
+        system.prior.inputs.fill_(1.5)
+    system.loss(batch)["total"].backward()
+    assert bool(system.prior.inputs.grad.any()) == (settings == {"likelihood": "gaussian"})
+
+
+def test_pseudo_inputs_may_start_from_training_rows():
+    x = torch.rand(20, *SHAPE).round()
+    x[:, 0, 0, 0] = torch.arange(20) / 20  # by which a row is known
+    torch.manual_seed(0)
+    config = VAEConfig(latent_dim=4, hidden=(7,), prior="vamp", components=12, pseudo_inputs="data")
+    inputs = VAE.for_data(config, Data(x)).prior.inputs.detach()
+    rows = torch.cdist(inputs.flatten(1), x.flatten(1)).argmin(1)
+    assert len(rows.unique()) == 12 and 0 <= inputs.min() < inputs.max() <= 1
+    torch.testing.assert_close(inputs, x[rows], atol=0.06, rtol=0)
+    with pytest.raises(ValueError, match="as many different rows as components, given 20 rows for 21"):
+        VAE.for_data(dataclasses.replace(config, components=21), Data(x))
+
+
+def test_a_copy_of_a_vae_has_a_vamp_prior_of_its_own_posteriors():
+    system, batch = tiny(prior="vamp", components=3)
+    twin, before = copy.deepcopy(system), loss(system, batch)
+    with torch.no_grad():
+        for p in system.encoder.parameters():
+            p.mul_(3)
+    assert loss(twin, batch) == before != loss(system, batch)
+
+
 def test_a_hierarchical_prior_weighs_both_layers():
     """log p(u) + log p(z | u) − log q(u | z), by SciPy; the mean of its exponential is the marginal p(z)."""
     torch.manual_seed(0)
@@ -114,7 +160,7 @@ def test_a_hierarchical_prior_weighs_both_layers():
     assert draws.mean().item() == pytest.approx(np.trapezoid(density, grid[:, 0]), rel=0.01)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture", "hierarchical"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "hierarchical", "vamp", "maf", "iaf", "realnvp"])
 def test_log_weights_average_to_the_elbo_and_chunks_are_one_stream(prior):
     system, batch = tiny(prior=prior, components=3, top_dim=2, top_hidden=(5,))
     posterior = system.encode(batch.x)
@@ -349,11 +395,12 @@ def test_a_vae_reconstructs_new_digits_better_than_the_best_linear_decoder_of_as
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"prior": "vamp"}, "prior must be one of normal, mixture, hierarchical, given 'vamp'"),
+    ({"prior": "cauchy"}, "prior must be one of normal, mixture, hierarchical, vamp, maf, iaf, realnvp, given 'cauchy'"),
     ({"network": "transformer"}, "network must be one of mlp, .* given 'transformer'"),
     ({"latent_dim": 0}, "latent_dim must be at least 1, given 0"),
     ({"samples": 0}, "samples must be at least 1, given 0"),
     ({"hidden": (20, 0)}, r"hidden must be at least 1, given \(20, 0\)"),
+    ({"flow_blocks": 0}, "flow_blocks must be at least 1, given 0"),
     ({"variance": 0.0}, r"variance must be positive and finite, given 0\.0"),
     ({"beta": -1.0}, r"beta must be at least 0 and finite, given -1\.0"),
     ({"free_bits": math.nan}, "free_bits must be at least 0 and finite, given nan"),

@@ -12,7 +12,7 @@ from latent_engine import VAE, VLAE, Batch, Data, TrainConfig, VAEConfig, VLAECo
 from latent_engine.bounds import reparametrize
 
 SHAPE = (1, 2, 3)
-SMALL = {"latent_dim": 2, "capacity": 2, "kernels": (3, 3), "width": 6}
+SMALL = {"latent_dim": 2, "capacity": 2, "kernels": (3, 3), "width": 6, "prior": "normal"}
 
 
 def tiny(shape=SHAPE, rows=6, **settings):
@@ -65,9 +65,12 @@ def test_marginals_of_all_images_sum_to_one():
     assert found[37] == pytest.approx(np.exp(given_z).mean(), rel=0.05)
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "maf"])
 def test_samples_are_draws_from_the_model_and_their_probabilities(prior):
-    system, _ = tiny(prior=prior, components=3)
+    system, _ = tiny(prior=prior, components=3, flow_blocks=2, flow_hidden=(6,))
+    with torch.no_grad():
+        for p in system.prior.parameters():
+            p.add_(0.1 * torch.randn_like(p))
     images, p = (system.sample(20_000, torch.Generator().manual_seed(0), noise=noise) for noise in (True, False))
     assert set(images.unique().tolist()) == {0.0, 1.0}
     z = system.prior.sample(20_000, torch.Generator().manual_seed(0))

@@ -11,7 +11,8 @@ counterpart, which an outlier moves less: p(x | z)^β is of all pixels together,
 ones, and for densities it grows without bound with γ → 0. An AE has no posterior: −log p(x | f(x)) alone.
 
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
-parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
+parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers; `VampPrior`, the mixture
+of the posteriors of learned pseudo-inputs; normalizing flows (`FlowPrior`).
 
 Deep decoders may leave all of z unused, a local minimum from which `affine_skip`, a decoder f(z) + W z + b, and more
 dimensions than the data have lead out; with a learned variance the superfluous ones turn to noise ("On the
@@ -39,18 +40,13 @@ from ..balance import balance
 from ..bounds import Posterior
 from ..data import Data
 from ..kernels import importance_log_weights
-from ..likelihoods import (
-    Bernoulli,
-    DecodedGaussian,
-    Gaussian,
-    LearnedGaussian,
-    OptimalGaussian,
-    check_unit_interval,
-)
-from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
+from ..likelihoods import check_unit_interval, likelihood_for
+from ..priors import prior_for
 from ..resnet import resnet_decoder, resnet_encoder
 from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes
 from ..weight_norm import start_from
+
+CONVOLUTIONAL = {"conv": (networks.conv_encoder, networks.conv_decoder), "resnet": (resnet_encoder, resnet_decoder)}
 
 
 def _adam() -> OptimizerConfig:
@@ -101,17 +97,21 @@ class AEConfig:
 class EncoderConfig(AEConfig):
     """What models with a Gaussian encoder share."""
 
-    prior: Literal["normal", "mixture", "hierarchical"] = "normal"
-    components: int = 10  # of the mixture
+    prior: Literal["normal", "mixture", "hierarchical", "vamp", "maf", "iaf", "realnvp"] = "normal"
+    components: int = 10  # of the mixture; pseudo-inputs of the VampPrior
+    pseudo_inputs: Literal["random", "data"] = "random"  # that it starts from: noise, or training rows
     top_dim: int = 50  # of the upper layer of the hierarchical prior; latent_dim is that of the lower one
     top_hidden: tuple[int, ...] = (100, 100)  # layers between the two
+    flow_blocks: int = 8  # of maf, iaf and realnvp
+    flow_hidden: tuple[int, ...] = (320,)  # layers of each block
     heads: Literal["linear", "relu_sigmoid"] = "linear"  # relu_sigmoid: means ≥ 0, deviations < 1 (DGD paper's baseline)
     samples: int = 1  # of z for a row
     optim: VAEOptim = field(default_factory=VAEOptim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples,
+                    flow_blocks=self.flow_blocks, flow_hidden=self.flow_hidden)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class AE(System):
         self.config, self.shape = config, tuple(shape)
         self.encoder = encoder or _encoder(config, self.shape, self.outputs)
         self.decoder = decoder or _decoder(config, self.shape)
-        self.likelihood = _likelihood(config)
+        self.likelihood = likelihood_for(config, self.shape)
 
     @classmethod
     def for_data(cls, config: AEConfig, data: Data) -> "AE":
@@ -250,8 +250,16 @@ class VAE(AE):
     def __init__(self, config: VAEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:
         super().__init__(config, shape, encoder, decoder)
-        self.prior = _prior(config)
+        self.prior = prior_for(config, self.encode, self.shape)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def for_data(cls, config: VAEConfig, data: Data) -> "VAE":
+        """As of `AE`; with pseudo_inputs="data" the VampPrior starts from rows of `data` too."""
+        system = super().for_data(config, data)
+        if config.prior == "vamp" and config.pseudo_inputs == "data":
+            system.prior.start_from(data.x)
+        return system
 
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """Sums over pixels and latents, mean over the batch, in nats."""
@@ -345,9 +353,8 @@ class VAE(AE):
 def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
     if config.network in ("mlp", "residual"):
         return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
-    if config.network in ("conv", "resnet"):
-        build = networks.conv_encoder if config.network == "conv" else resnet_encoder
-        return build(shape, outputs * config.latent_dim, config.capacity)
+    if config.network in CONVOLUTIONAL:
+        return CONVOLUTIONAL[config.network][0](shape, outputs * config.latent_dim, config.capacity)
     parts = [networks.dgd_cifar_encoder(config.latent_dim, shape, config.capacity, _depth(config)) for _ in range(outputs)]
     return parts[0] if outputs == 1 else networks.SideBySide(*parts)
 
@@ -361,9 +368,8 @@ def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
         if not config.hidden:
             raise ValueError("network='residual' takes the width of its decoder from the last of hidden, given ().")
         decoder = networks.residual_decoder(config.latent_dim, shape, config.hidden[-1])
-    elif config.network in ("conv", "resnet"):
-        build = networks.conv_decoder if config.network == "conv" else resnet_decoder
-        decoder = build(config.latent_dim, shape, config.capacity)
+    elif config.network in CONVOLUTIONAL:
+        decoder = CONVOLUTIONAL[config.network][1](config.latent_dim, shape, config.capacity)
     else:
         decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
     if config.affine_skip:
@@ -379,24 +385,3 @@ def _is_decoded(config: AEConfig) -> bool:
 
 def _depth(config: AEConfig) -> str:
     return config.network.partition("-")[2] or "standard"
-
-
-def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | DecodedGaussian | LearnedGaussian | OptimalGaussian:
-    if config.likelihood == "bernoulli":
-        return Bernoulli()
-    if config.gamma == "fixed":
-        return Gaussian(math.sqrt(config.variance))
-    if config.gamma == "decoded":
-        return DecodedGaussian(sigmoid=config.mean_activation == "sigmoid")
-    if config.gamma == "optimal":
-        return OptimalGaussian(config.variance)
-    return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
-
-
-def _prior(config: EncoderConfig) -> nn.Module:
-    if config.prior == "normal":
-        return StandardNormal(config.latent_dim)
-    if config.prior == "hierarchical":
-        return HierarchicalPrior(config.latent_dim, config.top_dim, config.top_hidden)
-    # As wide as N(0, I) at the start: means within its radius, variances of one.
-    return GaussianMixturePrior(config.components, config.latent_dim, radius=config.latent_dim**0.5, log_precision_mean=0)

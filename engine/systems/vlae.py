@@ -36,6 +36,7 @@ class VLAEConfig(VAEConfig):
     latent_dim: int = 32
     network: Literal["mlp", "conv", "resnet"] = "resnet"
     likelihood: Literal["bernoulli"] = "bernoulli"
+    prior: Literal["normal", "mixture", "hierarchical", "vamp", "maf", "iaf", "realnvp"] = "maf"
     kernels: tuple[int, ...] = (7, 7, 5, 5, 3, 3)  # of the decoder's convolutions; the authors' code has a third 7
     width: int = 64  # channels of the decoder's layers
     features: int = 4  # maps that z becomes in the decoder
