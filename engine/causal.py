@@ -7,9 +7,12 @@ else networks consist of are then maps of the last axis, for images, rows and pi
 """
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Map = Callable[[Tensor], Tensor]
 
 
 class CausalConv2d(nn.Linear):
@@ -71,8 +74,12 @@ class Window:
         self.write(column, value)
         return self.read(column)
 
-    def row(self, values: Tensor) -> Tensor:
-        """The outputs `[N, W, O]` of the present row, whose inputs `[N, W, C]` become known with them."""
-        self.known[:, -1, self.left:self.left + values.shape[1]] = values
+    def read_row(self) -> Tensor:
+        """The outputs `[N, W, O]` of the present row."""
         windows = self.known.unfold(2, self.width, 1).permute(0, 2, 1, 4, 3).flatten(2)
         return F.linear(windows[..., :self.weight.shape[1]], self.weight, self.bias)
+
+    def row(self, values: Tensor) -> Tensor:
+        """The outputs `[N, W, O]` of the present row, whose inputs `[N, W, C]` become known with it."""
+        self.known[:, -1, self.left:self.left + values.shape[1]] = values
+        return self.read_row()

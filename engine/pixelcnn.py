@@ -10,7 +10,7 @@ right of each pixel, which grows with the distance.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,11 +19,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .causal import Window, masked_conv
+from .causal import Map, Window, masked_conv
 from .system import check_sizes
 from .weight_norm import weight_norm
-
-Map = Callable[[Tensor], Tensor]
 
 
 class Draw(NamedTuple):

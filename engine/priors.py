@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from .bounds import Posterior, reparametrize
+from .conv_flow import ConvFlow, latent_maps
 from .flows import AutoregressiveFlow, RealNVP
 from .kernels import gaussian_log_prob, gmm_log_prob, importance_log_weights
 from .networks import mlp
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .systems.vae import EncoderConfig
 
 COVARIANCES = ("diagonal", "isotropic")
-FLOWS = {"maf": AutoregressiveFlow, "iaf": AutoregressiveFlow, "realnvp": RealNVP}
+FLOWS = {"maf": AutoregressiveFlow, "iaf": AutoregressiveFlow, "realnvp": RealNVP, "conv": ConvFlow}
 
 
 def soft_ball_log_prob(x: Tensor, radius: float = 10.0, hardness: float = 5.0) -> Tensor:
@@ -275,17 +276,17 @@ class FlowPrior(nn.Module):
     """A normalizing flow between N(0, I) and z over D dimensions; it starts as N(0, I).
 
     Args:
-        dim: D.
+        dim: D; of "conv" (F, h, w), with D = F h w.
         kind: "maf", fast densities (Papamakarios et al. 2017), whose samples take D passes; "iaf", fast samples (Kingma et al.
-            2016), whose densities take D passes; "realnvp", both in at most two (Dinh et al. 2017).
+            2016), whose densities take D passes; "realnvp", both in at most two (Dinh et al. 2017); "conv", both in about one.
         blocks, hidden: of the flow (`flows.AutoregressiveFlow`, `flows.RealNVP`).
     """
 
-    def __init__(self, dim: int, kind: str = "maf", blocks: int = 8, hidden: Sequence[int] = (320,)) -> None:
+    def __init__(self, dim: int | Sequence[int], kind: str = "maf", blocks: int = 8, hidden: Sequence[int] = (320,)) -> None:
         super().__init__()
         if kind not in FLOWS:
             raise ValueError(f"kind must be one of {', '.join(FLOWS)}, given {kind!r}.")
-        self.kind, self.base = kind, StandardNormal(dim)
+        self.kind, self.base = kind, StandardNormal(dim if isinstance(dim, int) else math.prod(dim))
         self.flow = FLOWS[kind](dim, blocks, hidden)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -310,7 +311,8 @@ def prior_for(config: "EncoderConfig", encode: Callable[[Tensor], Posterior], sh
         in_unit_interval = config.likelihood == "bernoulli" or config.mean_activation == "sigmoid"
         return VampPrior(encode, config.components, shape, unit_interval=in_unit_interval)
     if config.prior in FLOWS:
-        return FlowPrior(config.latent_dim, config.prior, config.flow_blocks, config.flow_hidden)
+        dim = latent_maps(shape, config.latent_dim) if config.prior == "conv" else config.latent_dim
+        return FlowPrior(dim, config.prior, config.flow_blocks, config.flow_hidden)
     # As wide as N(0, I) at the start: means within its radius, variances of one.
     return GaussianMixturePrior(config.components, config.latent_dim, radius=config.latent_dim**0.5, log_precision_mean=0)
 

@@ -21,6 +21,7 @@ from .diagnostics import (
 )
 from .figures import image_grid, interpolations, manifold, pairs, traversals
 from .kernels import pairwise_kl
+from .likelihoods import LogisticMixture
 from .priors import GaussianMixturePrior, StandardNormal
 from .probes import knn_accuracy
 from .systems.vae import AE, VAE
@@ -37,7 +38,7 @@ TEXT = {
     "nll_samples": ("    importance samples of each image", ".0f"),
     "effective_samples": ("    effective ones, median", ".1f"),
     "pareto_k_high": ("    share of images with Pareto k̂ above 0.7: too few samples", ".3f"),
-    "bits_per_dim": ("    bits/dim of 256 levels, under uniform dequantisation noise", ".3f"),
+    "bits_per_dim": ("    bits/dim of 256 levels; of a density under uniform dequantisation noise", ".3f"),
     "negative_elbo": ("−ELBO (nats an image)", ".2f"),
     "reconstruction": ("    −E log p(x | z) under the posterior", ".2f"),
     "kl": ("    KL(q(z | x) ‖ p(z))", ".2f"),
@@ -105,6 +106,8 @@ def _likelihood_scores(system: VAE, data: Data, samples: int, generator: Generat
               "effective_samples": found.effective_samples.median().item(),
               "pareto_k_high": (found.pareto_k > 0.7).double().mean().item(), "negative_elbo": -found.elbo.mean().item()}
     gray = bool(((data.x > 0) & (data.x < 1)).any())
+    if isinstance(system.likelihood, LogisticMixture):
+        scores["bits_per_dim"] = -found.mean / (data.x[0].numel() * math.log(2))
     if hasattr(system.likelihood, "variance") and gray and on_grid(data.x):
         noisy = log_likelihood(system, dequantise(data.x, generator=generator), samples, generator=generator)
         scores["bits_per_dim"] = bits_per_dimension(noisy.log_px, data.x[0].numel()).mean().item()

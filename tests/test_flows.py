@@ -117,5 +117,5 @@ def test_a_flow_prior_starts_from_the_standard_normal_and_learns(prior):
 
 
 def test_an_unknown_flow_is_refused():
-    with pytest.raises(ValueError, match="kind must be one of maf, iaf, realnvp, given 'glow'"):
+    with pytest.raises(ValueError, match="kind must be one of maf, iaf, realnvp, conv, given 'glow'"):
         FlowPrior(2, "glow")

@@ -14,7 +14,7 @@ from latent_engine.systems.vlae import VLAE, VLAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
          "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1, "flow_blocks": 2,
-         "flow_hidden": (16,), "kernels": (5, 3), "width": 8}
+         "flow_hidden": (16,), "blocks": 2, "mixtures": 2, "kernels": (5, 3), "width": 8}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -47,8 +47,10 @@ def named(request):
 
 @pytest.fixture
 def data(named):
-    """200 digits of 8×8 pixels; of zeros and ones for a system that takes no others."""
-    return load_data("digits").pixels(binarize=named[0] is VLAE).take(torch.arange(200))
+    """200 digits of 8×8 pixels of 256 levels; of zeros and ones for a system that takes no others."""
+    kind, config = named
+    digits = load_data("digits").pixels(binarize=kind is VLAE and config.likelihood == "bernoulli").take(torch.arange(200))
+    return dataclasses.replace(digits, x=(digits.x * 255).round() / 255)
 
 
 @pytest.fixture

@@ -150,8 +150,8 @@ def test_gray_images_are_refused_before_training():
 @pytest.mark.parametrize(("settings", "words"), [
     ({"affine_skip": True}, "affine_skip is for decoders whose pixels are independent given z"),
     ({"divergence_beta": 0.1}, "divergence_beta is for decoders whose pixels are independent given z"),
-    ({"likelihood": "gaussian"}, "likelihood must be one of bernoulli, given 'gaussian'"),
-    ({"network": "residual"}, "network must be one of mlp, conv, resnet, given 'residual'"),
+    ({"likelihood": "gaussian"}, "likelihood must be one of bernoulli, logistic_mixture, given 'gaussian'"),
+    ({"network": "residual"}, "network must be one of mlp, conv, resnet, densenet, given 'residual'"),
     ({"kernels": ()}, "at least one convolution"), ({"kernels": (4, 3)}, "odd kernel"),
     ({"width": 0}, "width must be at least 1, given 0"),
 ])

@@ -71,6 +71,10 @@ PRESETS = {
                        "two-stage VAE of an autoencoder's codes; networks and epochs are our choice"),
     "vlae": Preset(VLAE, VLAEConfig(free_bits=7.84), _VLAE_TRAIN,
                    "an autoregressive decoder of binary images and a flow prior, with free bits"),
+    "vlae-cifar": Preset(VLAE, VLAEConfig(latent_dim=1024, network="densenet", likelihood="logistic_mixture", prior="conv",
+                                          flow_hidden=(128, 128), width=96, free_bits=30.72),
+                         TrainConfig(epochs=1000, batch_size=64, clip_norm=5.0, ema_decay=0.9995, validation=0.1, patience=50),
+                         "natural images of 256 levels, 16 latent maps; widths of the encoder are our choice"),
     "resnet-vae": Preset(VAE, VAEConfig(latent_dim=32, network="resnet", prior="maf", free_bits=7.84), _VLAE_TRAIN,
                          "its encoder, and a decoder whose pixels are independent"),
 }
