@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from latent_engine.bench.pixelcnn_sampling import full_passes
+from latent_engine.bench.pixelcnn_sampling import LATENT_DIM, full_passes, measure
 from latent_engine.causal import CausalConv2d, Window, masked_conv
 from latent_engine.pixelcnn import PixelCNN
 
@@ -114,6 +114,13 @@ def test_an_image_depends_on_its_own_z_and_noise_alone():
     z, noise = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 1, 5, 4, dtype=torch.float64)
     assert torch.equal(network.draw(z, noise).x[2:3], network.draw(z[2:3], noise[2:3]).x)
     assert network.draw(z[:0], noise[:0]).x.shape == (0, 1, 5, 4)
+
+
+def test_the_benchmark_times_both_ways_to_draw():
+    network = PixelCNN(LATENT_DIM, (1, 3, 4), (3, 3), width=4)
+    for n in (2, 16):
+        times = measure(network, n, rounds=2)
+        assert len(times) == 2 and min(t.median for t in times.values()) > 0
 
 
 @pytest.mark.parametrize(("build", "words"), [

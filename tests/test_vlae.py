@@ -132,6 +132,12 @@ def test_a_vlae_is_evaluated_like_any_vae():
     assert "verdict" not in scores["balance"] and "regularised" not in report.format_scores(scores)
 
 
+def test_pseudo_inputs_of_a_vampprior_start_from_rows():
+    system, batch = tiny(prior="vamp", components=3, pseudo_inputs="data")
+    nearest = torch.cdist(system.prior.inputs.flatten(1), batch.x.flatten(1)).min(1).values
+    assert nearest.max() < 0.1
+
+
 def test_dynamically_binarised_images_are_trained_on():
     data = load_data("digits").pixels("dynamic").take(torch.arange(40))
     system = VLAE.for_data(VLAEConfig(**SMALL), data)

@@ -172,12 +172,7 @@ class AE(System):
         system = cls(config, data.x.shape[1:])
         system.check(data)
         start_from(system, data)
-        mean = data.x.mean(0)
-        if config.likelihood == "bernoulli" or config.mean_activation == "sigmoid":
-            mean = mean.clamp(1e-3, 1 - 1e-3).logit()
-        if _is_decoded(config):
-            mean = torch.cat([mean, torch.full_like(mean, math.log(config.variance))])
-        networks.set_output_bias(system.decoder, mean)
+        system._start_output(data.x.mean(0))
         return system
 
     def arguments(self) -> dict[str, Any]:
@@ -226,6 +221,14 @@ class AE(System):
     def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """What the likelihood of `x` `[N, C, H, W]` takes, if only from z: `[..., D]` -> `[..., C, H, W]`."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+
+    def _start_output(self, mean: Tensor) -> None:
+        """Makes `mean` `[C, H, W]` what the last layer of the decoder starts from."""
+        if self.config.likelihood == "bernoulli" or self.config.mean_activation == "sigmoid":
+            mean = mean.clamp(1e-3, 1 - 1e-3).logit()
+        if _is_decoded(self.config):
+            mean = torch.cat([mean, torch.full_like(mean, math.log(self.config.variance))])
+        networks.set_output_bias(self.decoder, mean)
 
     def _gamma(self) -> dict[str, Tensor]:
         """The variance of a Gaussian decoder, for the log."""

@@ -31,7 +31,6 @@ from ..likelihoods import LogisticMixture
 from ..pixelcnn import PixelCNN
 from ..pixelcnn_pp import PixelCNNPlusPlus
 from ..system import Batch, check_sizes
-from ..weight_norm import start_from
 from .vae import VAE, VAEConfig
 
 _ROWS = 128  # of one call of the decoder: its activations are a hundred times as many as the pixels
@@ -77,14 +76,6 @@ class VLAE(VAE):
             encoder = encoder or densenet_encoder(shape, 2 * config.latent_dim, config.capacity)
         super().__init__(config, shape, encoder, decoder or _decoder(config, shape))
 
-    @classmethod
-    def for_data(cls, config: VLAEConfig, data: Data) -> "VLAE":
-        """A new system for images like `data`, from some of which its layers start."""
-        system = cls(config, data.x.shape[1:])
-        system.check(data)
-        start_from(system, data)
-        return system
-
     def check(self, data: Data) -> None:
         super().check(data)
         if self.config.likelihood == "logistic_mixture":
@@ -118,6 +109,9 @@ class VLAE(VAE):
         """`n` images `[n, C, H, W]` with z from the prior; without `noise` E[x_i | x_<i, z] of each of their pixels."""
         drawn = self.decoder.draw(self._sample_latent(n, generator), self.decoder.noise(n, generator))
         return drawn.x if noise else self.likelihood.mean(drawn.output)
+
+    def _start_output(self, mean: Tensor) -> None:
+        """A pixel's probability starts from what is before it, not from its mean."""
 
     def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         lead, x = z.shape[:-1], x.expand(*z.shape[:-1], *self.shape).flatten(0, -len(self.shape) - 1)
