@@ -36,10 +36,12 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
         mean over features; and the "verdict", a sentence.
 
     Raises:
-        ValueError: fewer than two rows.
+        ValueError: fewer than two rows, or the posterior has a flow.
     """
     if len(x) < 2:
         raise ValueError(f"balance: needs two or more rows to compare, given {len(x)}.")
+    if getattr(system, "flow", None) is not None:
+        raise ValueError("balance: needs a Gaussian posterior, and that of this system has a flow (posterior_flow).")
     with evaluating(system):
         posterior = system.encode(x)
         residual = x - system.decode(posterior.mean)

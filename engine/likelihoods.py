@@ -14,12 +14,16 @@ which moves log γ twice as far a step under Adam. Where the decoder fits all pi
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from . import kernels
+
+if TYPE_CHECKING:
+    from .systems.vae import AEConfig
 
 
 def check_unit_interval(x: Tensor) -> None:
@@ -212,6 +216,19 @@ class OptimalGaussian(_GaussianOfVariance):
         best = kernels.gaussian_variance(x, mean, tuple(self.variance.shape))
         self.variance.lerp_(best.to(self.variance.dtype), 0.1)
         return best.clamp_min(torch.finfo(best.dtype).tiny).log()
+
+
+def likelihood_for(config: "AEConfig") -> Bernoulli | Gaussian | DecodedGaussian | LearnedGaussian | OptimalGaussian:
+    """The likelihood named in `config`."""
+    if config.likelihood == "bernoulli":
+        return Bernoulli()
+    if config.gamma == "fixed":
+        return Gaussian(math.sqrt(config.variance))
+    if config.gamma == "decoded":
+        return DecodedGaussian(sigmoid=config.mean_activation == "sigmoid")
+    if config.gamma == "optimal":
+        return OptimalGaussian(config.variance)
+    return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
 
 
 def _gaussian_log_power_integral(log_var: Tensor, power: float) -> Tensor:

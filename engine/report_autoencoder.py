@@ -85,6 +85,8 @@ def evaluate(system: AE, train: Data, test: Data | None, nll_samples: int | None
 
 def _posterior_scores(system: VAE, train: Data, data: Data, nll_samples: int) -> dict[str, object]:
     generator = Generator(data.x.device).manual_seed(0)
+    if system.flow is not None:  # the rest is of Gaussian posteriors
+        return _likelihood_scores(system, data, nll_samples, generator)
     posterior = encode(system, data.x)
     split = aggregate_split(posterior, system.prior, generator=generator)
     diversity = pairwise_kl(*(t.double() for t in posterior))
@@ -131,10 +133,10 @@ def evaluation_figures(system: AE, train: Data, test: Data | None) -> dict[str, 
 
 
 def represent(system: AE, x: Tensor, steps: int | None) -> dict[str, Tensor | None]:
-    """Representations, for a model with posteriors their means, and then the log-variances."""
+    """Representations, for a model with Gaussian posteriors their means, and then the log-variances."""
     if steps is not None:
         raise ValueError(f"{type(system).__name__} represents images by its encoder: leave --steps out.")
-    if not isinstance(system, VAE):
+    if not isinstance(system, VAE) or system.flow is not None:
         return {"z": _represent(system, x)}
     mean, log_var = encode(system, x)
     return {"z": mean, "log_var": log_var}

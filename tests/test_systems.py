@@ -12,7 +12,8 @@ from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
-         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1, "flow_blocks": 2, "flow_hidden": (16,)}
+         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1,
+         "flow_blocks": 2, "flow_hidden": (16,)}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -28,6 +29,8 @@ VARIANTS = {
     "vae-decoded-conv": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", network="conv")),
     "vae-robust-gaussian": (VAE, VAEConfig(likelihood="gaussian", divergence_beta=0.01)),
     "iwae-gaussian-mixture": (IWAE, IWAEConfig(likelihood="gaussian", prior="mixture", estimator="stl")),
+    "vae-iaf-posterior": (VAE, VAEConfig(posterior_flow="iaf", free_bits=0.5)),
+    "iwae-flows": (IWAE, IWAEConfig(posterior_flow="realnvp", prior="maf", samples=5, likelihood="gaussian")),
     "vae-iaf-prior": (VAE, VAEConfig(prior="iaf")),
     "iwae-vamp": (IWAE, IWAEConfig(prior="vamp", estimator="dreg", samples=5)),
     "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),

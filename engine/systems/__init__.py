@@ -41,6 +41,8 @@ PRESETS = {
                        "a VampPrior of 500 pseudo-inputs, and a warm-up; the length of it is our choice"),
     "vae-maf": Preset(VAE, VAEConfig(prior="maf"), TrainConfig(batch_size=100), "an autoregressive flow as prior"),
     "vae-realnvp": Preset(VAE, VAEConfig(prior="realnvp"), TrainConfig(batch_size=100), "coupling layers as prior"),
+    "vae-iaf": Preset(VAE, VAEConfig(posterior_flow="iaf"), TrainConfig(batch_size=100),
+                      "an autoregressive flow after the Gaussian posterior"),
     "vae-gaussian": Preset(VAE, VAEConfig(likelihood="gaussian"), TrainConfig(batch_size=100),
                            "Gaussian pixels of learned variance"),
     "vae-residual": Preset(VAE, VAEConfig(network="residual", affine_skip=True, hidden=(400,) * 5, activation="relu",
