@@ -8,12 +8,13 @@ import torch
 
 from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
+from latent_engine.systems.hvae import HVAE, HVAEConfig
 from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
          "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1,
-         "flow_blocks": 2, "flow_hidden": (16,)}
+         "flow_blocks": 2, "flow_hidden": (16,), "lower_dim": 3}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -33,6 +34,8 @@ VARIANTS = {
     "iwae-flows": (IWAE, IWAEConfig(posterior_flow="realnvp", prior="maf", samples=5, likelihood="gaussian")),
     "vae-iaf-prior": (VAE, VAEConfig(prior="iaf")),
     "iwae-vamp": (IWAE, IWAEConfig(prior="vamp", estimator="dreg", samples=5)),
+    "hvae-gaussian": (HVAE, HVAEConfig(likelihood="gaussian", samples=2, free_bits=0.5)),
+    "hvae-conv": (HVAE, HVAEConfig(network="conv", prior="maf")),
     "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),
 }
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS

@@ -9,11 +9,12 @@ from ..checkpoint import CheckpointError, read_description
 from ..system import System
 from ..trainer import TrainConfig
 from .dgd import DGD, DGDConfig
+from .hvae import HVAE, HVAEConfig
 from .iwae import IWAE, IWAEConfig
 from .two_stage import TwoStageConfig, TwoStageVAE, VAEPlus, VAEPlusConfig
 from .vae import AE, VAE, AEConfig, VAEConfig
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE, TwoStageVAE, VAEPlus)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE, HVAE, TwoStageVAE, VAEPlus)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ PRESETS = {
     "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
     "robust-vae": Preset(VAE, VAEConfig(divergence_beta=0.005), TrainConfig(batch_size=100),
                          "outliers count less (β-divergence)"),
+    "hvae-vamp": Preset(HVAE, HVAEConfig(prior="vamp", components=500, pseudo_inputs="data", warmup="linear",
+                                         warmup_steps=1000), TrainConfig(batch_size=100),
+                        "two layers, inferred downwards, with a VampPrior of 500 pseudo-inputs"),
     "iwae": Preset(IWAE, IWAEConfig(), TrainConfig(batch_size=20), "Burda et al., 50 samples"),
     "iwae-2": Preset(IWAE, IWAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=20),
                      "the same with two stochastic layers"),

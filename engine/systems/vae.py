@@ -167,7 +167,7 @@ class AE(System):
         super().__init__()
         self.config, self.shape = config, tuple(shape)
         self.encoder = encoder or _encoder(config, self.shape, self.outputs)
-        self.decoder = decoder or _decoder(config, self.shape)
+        self.decoder = decoder or make_decoder(config, self.shape)
         self.likelihood = likelihood_for(config)
 
     @classmethod
@@ -372,7 +372,7 @@ def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Modul
     return parts[0] if outputs == 1 else networks.SideBySide(*parts)
 
 
-def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
+def make_decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
     if _is_decoded(config):
         shape = (2 * shape[0], *shape[1:])
     if config.network == "mlp":
