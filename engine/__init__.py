@@ -27,6 +27,8 @@ _PUBLIC = {
     "HVAEConfig": "systems.hvae:HVAEConfig",
     "IWAE": "systems.iwae:IWAE",
     "IWAEConfig": "systems.iwae:IWAEConfig",
+    "ImplicitConfig": "systems.implicit:ImplicitConfig",
+    "ImplicitVAE": "systems.implicit:ImplicitVAE",
     "OptimizerConfig": "system:OptimizerConfig",
     "PRESETS": "systems:PRESETS",
     "Phase": "system:Phase",

@@ -35,6 +35,7 @@ TEXT = {
     "nll_low": ("    95 % interval of its mean over images, from", ".2f"),
     "nll_high": ("    to", ".2f"),
     "nll_samples": ("    importance samples of each image", ".0f"),
+    "log_mass": ("    log ∫ of the implicit prior, estimated: −log p(x) and −ELBO are too low by it, and no bounds", ".2f"),
     "effective_samples": ("    effective ones, median", ".1f"),
     "pareto_k_high": ("    share of images with Pareto k̂ above 0.7: too few samples", ".3f"),
     "bits_per_dim": ("    bits/dim of 256 levels, under uniform dequantisation noise", ".3f"),
@@ -106,6 +107,8 @@ def _likelihood_scores(system: VAE, data: Data, samples: int, generator: Generat
     scores = {"nll": -found.mean, "nll_low": -high, "nll_high": -low, "nll_samples": samples,
               "effective_samples": found.effective_samples.median().item(),
               "pareto_k_high": (found.pareto_k > 0.7).double().mean().item(), "negative_elbo": -found.elbo.mean().item()}
+    if hasattr(system.prior, "log_mass"):
+        scores["log_mass"] = system.prior.log_mass(generator=generator)
     gray = bool(((data.x > 0) & (data.x < 1)).any())
     if hasattr(system.likelihood, "variance") and gray and on_grid(data.x):
         noisy = log_likelihood(system, dequantise(data.x, generator=generator), samples, generator=generator)

@@ -9,12 +9,13 @@ import torch
 from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
 from latent_engine.systems.hvae import HVAE, HVAEConfig
+from latent_engine.systems.implicit import ImplicitConfig, ImplicitVAE
 from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
          "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1,
-         "flow_blocks": 2, "flow_hidden": (16,), "lower_dim": 3}
+         "flow_blocks": 2, "flow_hidden": (16,), "lower_dim": 3, "ratio_hidden": (8,), "ratio_steps": 2}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -36,6 +37,7 @@ VARIANTS = {
     "iwae-vamp": (IWAE, IWAEConfig(prior="vamp", estimator="dreg", samples=5)),
     "hvae-gaussian": (HVAE, HVAEConfig(likelihood="gaussian", samples=2, free_bits=0.5)),
     "hvae-conv": (HVAE, HVAEConfig(network="conv", prior="maf")),
+    "vae-iop-gaussian": (ImplicitVAE, ImplicitConfig(likelihood="gaussian", warmup="linear", warmup_steps=10)),
     "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),
 }
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS

@@ -10,11 +10,13 @@ from ..system import System
 from ..trainer import TrainConfig
 from .dgd import DGD, DGDConfig
 from .hvae import HVAE, HVAEConfig
+from .implicit import ImplicitConfig, ImplicitVAE
 from .iwae import IWAE, IWAEConfig
 from .two_stage import TwoStageConfig, TwoStageVAE, VAEPlus, VAEPlusConfig
 from .vae import AE, VAE, AEConfig, VAEConfig
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE, HVAE, TwoStageVAE, VAEPlus)}
+SYSTEMS: dict[str, type[System]] = {
+    system.name: system for system in (DGD, AE, VAE, IWAE, HVAE, ImplicitVAE, TwoStageVAE, VAEPlus)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ PRESETS = {
     "hvae-vamp": Preset(HVAE, HVAEConfig(prior="vamp", components=500, pseudo_inputs="data", warmup="linear",
                                          warmup_steps=1000), TrainConfig(batch_size=100),
                         "two layers, inferred downwards, with a VampPrior of 500 pseudo-inputs"),
+    "vae-iop": Preset(ImplicitVAE, ImplicitConfig(), TrainConfig(epochs=1000, batch_size=100),
+                      "the aggregate posterior as prior, by a density-ratio network; epochs are our choice"),
     "iwae": Preset(IWAE, IWAEConfig(), TrainConfig(batch_size=20), "Burda et al., 50 samples"),
     "iwae-2": Preset(IWAE, IWAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=20),
                      "the same with two stochastic layers"),
