@@ -38,10 +38,12 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
         no verdict: what z leaves open it takes from the pixels before.
 
     Raises:
-        ValueError: fewer than two rows.
+        ValueError: fewer than two rows, or the posterior has a flow.
     """
     if len(x) < 2:
         raise ValueError(f"balance: needs two or more rows to compare, given {len(x)}.")
+    if getattr(system, "flow", None) is not None:
+        raise ValueError("balance: needs a Gaussian posterior, and that of this system has a flow (posterior_flow).")
     with evaluating(system):
         posterior = system.encode(x)
         gradient = _gradient(system, posterior, x, generator)

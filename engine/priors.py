@@ -317,6 +317,14 @@ def prior_for(config: "EncoderConfig", encode: Callable[[Tensor], Posterior], sh
     return GaussianMixturePrior(config.components, config.latent_dim, radius=config.latent_dim**0.5, log_precision_mean=0)
 
 
+def flow_for(config: "EncoderConfig") -> nn.Module | None:
+    """The flow after the Gaussian posterior of `config`, with its mean and log-variance as context; None without one."""
+    if config.posterior_flow == "none":
+        return None
+    dim = config.latent_dim
+    return FLOWS[config.posterior_flow](dim, config.flow_blocks, config.flow_hidden, 2 * dim)
+
+
 def _indices(name: str, values: Tensor, n: int, low: int, high: int, device: torch.device) -> Tensor:
     values = torch.as_tensor(values, device=device)
     fits = values.shape == (n,) and not values.is_floating_point()

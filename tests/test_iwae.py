@@ -24,8 +24,9 @@ def tiny(kind=IWAE, config=IWAEConfig, scale=1.0, **settings):
     with torch.no_grad():
         for p in [*system.encoder.parameters(), *system.decoder.parameters()]:
             p.mul_(scale)
-        for block in getattr(getattr(system.prior, "flow", None), "blocks", ()):  # which start as the identity
-            block.head.weight.normal_(std=0.02)
+        for flow in (getattr(system.prior, "flow", None), system.flow):
+            for block in [] if flow is None else flow.blocks:  # which start as the identity
+                block.head.weight.normal_(std=0.02)
     x = torch.rand(5, *SHAPE, dtype=torch.float64).round()
     return system, Batch(x, torch.arange(5))
 
@@ -137,10 +138,11 @@ def test_renyi_bounds_fall_with_their_order():
     assert found == sorted(found, reverse=True) and found[0] > found[-1] + 0.5
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture", "hierarchical"])
-def test_log_weights_give_the_marginal_likelihood_of_a_decoder_that_ignores_z(prior):
+@pytest.mark.parametrize(("prior", "flow"), [("normal", "none"), ("mixture", "none"), ("hierarchical", "none"),
+                                             ("normal", "iaf"), ("mixture", "iaf"), ("hierarchical", "realnvp")])
+def test_log_weights_give_the_marginal_likelihood_of_a_decoder_that_ignores_z(prior, flow):
     """p(x | z) = p(x): with q(z | x) near the prior the weights of one layer, and of two, all average to p(x)."""
-    system, batch = tiny(prior=prior)
+    system, batch = tiny(prior=prior, posterior_flow=flow)
     with torch.no_grad():
         system.decoder[-2].weight.zero_()
         logits = system.decoder(torch.zeros(1, 4, dtype=torch.float64))
@@ -173,6 +175,7 @@ def test_samples_of_two_layers_follow_the_chain_of_their_distributions():
     ({"alpha": -math.inf, "estimator": "dreg"}, r"VR-max \(alpha=-inf\) goes by one sample"),
     ({"alpha": -math.inf, "groups": 2}, r"VR-max \(alpha=-inf\) goes by one sample"),
     ({"prior": "hierarchical", "estimator": "stl"}, "'stl' is that of one stochastic layer"),
+    ({"posterior_flow": "iaf", "estimator": "dreg"}, "'dreg' is that of a Gaussian posterior; with posterior_flow='iaf' use"),
     ({"likelihood": "gaussian", "gamma": "optimal"}, "best variance for an ELBO"),
 ])
 def test_settings_that_contradict_each_other_are_refused(settings, words):

@@ -139,6 +139,49 @@ def test_a_copy_of_a_vae_has_a_vamp_prior_of_its_own_posteriors():
     assert loss(twin, batch) == before != loss(system, batch)
 
 
+def flowing(flow, prior="normal", **settings):
+    """A `tiny` VAE whose posterior's flow is far from the identity, at two dimensions."""
+    sizes = {"latent_dim": 2, "flow_blocks": 2, "flow_hidden": (8,), "components": 3}
+    system, batch = tiny(posterior_flow=flow, prior=prior, **sizes, **settings)
+    with torch.no_grad():
+        for p in system.flow.parameters():
+            p.normal_(std=0.15)
+    return system, batch
+
+
+@pytest.mark.parametrize("prior", ["normal", "mixture", "maf"])
+@pytest.mark.parametrize("flow", ["iaf", "realnvp"])
+def test_the_kl_of_a_posterior_with_a_flow_is_that_of_its_density(flow, prior):
+    """q(z | x) by the flow's inverse on a grid, against the mean of 20,000 draws."""
+    system, batch = flowing(flow, prior, samples=20_000)
+    axis = torch.linspace(-12, 12, 601, dtype=torch.float64)
+    z, area = torch.cartesian_prod(axis, axis), (axis[1] - axis[0]).item() ** 2
+    with torch.no_grad():
+        posterior = Posterior(*(t[:1] for t in system.encode(batch.x)))
+        base, log_det = system.flow.inverse(z, torch.cat(posterior, 1))
+    mean, std = posterior.mean.numpy(), (0.5 * posterior.log_var).exp().numpy()
+    log_q = NORMAL(mean, std).logpdf(base).sum(1) + log_det.numpy()
+    assert np.exp(log_q).sum() * area == pytest.approx(1, abs=1e-4)
+    expected = (np.exp(log_q) * (log_q - system.prior(z).detach().numpy())).sum() * area
+    found = loss(system, Batch(batch.x[:1], batch.index[:1]))
+    assert found["kl"] == pytest.approx(expected, abs=0.05)
+
+
+def test_a_posterior_with_a_flow_represents_rows_where_it_maps_their_means_to():
+    system, batch = flowing("iaf")
+    posterior = system.encode(batch.x)
+    expected = system.flow(posterior.mean, torch.cat(posterior, 1))[0]
+    assert torch.equal(system.represent(batch.x), expected) and (expected - posterior.mean).abs().min() > 1e-4
+    torch.testing.assert_close(system.reconstruct(batch.x), system.decode(expected))
+
+
+def test_a_flow_makes_the_balance_of_a_gaussian_posterior_an_error():
+    system, batch = flowing("iaf")
+    assert system.monitor(batch.x) == {}
+    with pytest.raises(ValueError, match="balance: needs a Gaussian posterior"):
+        balance(system, batch.x)
+
+
 def test_a_hierarchical_prior_weighs_both_layers():
     """log p(u) + log p(z | u) − log q(u | z), by SciPy; the mean of its exponential is the marginal p(z)."""
     torch.manual_seed(0)
@@ -400,6 +443,8 @@ def test_a_vae_reconstructs_new_digits_better_than_the_best_linear_decoder_of_as
     ({"latent_dim": 0}, "latent_dim must be at least 1, given 0"),
     ({"samples": 0}, "samples must be at least 1, given 0"),
     ({"hidden": (20, 0)}, r"hidden must be at least 1, given \(20, 0\)"),
+    ({"prior": "vamp", "posterior_flow": "iaf"}, "mixture of Gaussian posteriors; with posterior_flow='iaf' use another"),
+    ({"posterior_flow": "iaf", "free_bits": 1.0, "free_bits_per": "dimension"}, "KL divergence of a posterior with a flow"),
     ({"flow_blocks": 0}, "flow_blocks must be at least 1, given 0"),
     ({"variance": 0.0}, r"variance must be positive and finite, given 0\.0"),
     ({"beta": -1.0}, r"beta must be at least 0 and finite, given -1\.0"),

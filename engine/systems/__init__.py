@@ -9,12 +9,15 @@ from ..checkpoint import CheckpointError, read_description
 from ..system import System
 from ..trainer import TrainConfig
 from .dgd import DGD, DGDConfig
+from .hvae import HVAE, HVAEConfig
+from .implicit import ImplicitConfig, ImplicitVAE
 from .iwae import IWAE, IWAEConfig
 from .two_stage import TwoStageConfig, TwoStageVAE, VAEPlus, VAEPlusConfig
 from .vae import AE, VAE, AEConfig, VAEConfig
 from .vlae import VLAE, VLAEConfig
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DGD, AE, VAE, IWAE, TwoStageVAE, VAEPlus, VLAE)}
+SYSTEMS: dict[str, type[System]] = {
+    system.name: system for system in (DGD, AE, VAE, IWAE, HVAE, ImplicitVAE, TwoStageVAE, VAEPlus, VLAE)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ PRESETS = {
                        "a VampPrior of 500 pseudo-inputs, and a warm-up; the length of it is our choice"),
     "vae-maf": Preset(VAE, VAEConfig(prior="maf"), TrainConfig(batch_size=100), "an autoregressive flow as prior"),
     "vae-realnvp": Preset(VAE, VAEConfig(prior="realnvp"), TrainConfig(batch_size=100), "coupling layers as prior"),
+    "vae-iaf": Preset(VAE, VAEConfig(posterior_flow="iaf"), TrainConfig(batch_size=100),
+                      "an autoregressive flow after the Gaussian posterior"),
     "vae-gaussian": Preset(VAE, VAEConfig(likelihood="gaussian"), TrainConfig(batch_size=100),
                            "Gaussian pixels of learned variance"),
     "vae-residual": Preset(VAE, VAEConfig(network="residual", affine_skip=True, hidden=(400,) * 5, activation="relu",
@@ -55,6 +60,11 @@ PRESETS = {
     "beta-vae": Preset(VAE, VAEConfig(beta=4.0), TrainConfig(batch_size=100), "the KL divergence four times as heavy"),
     "robust-vae": Preset(VAE, VAEConfig(divergence_beta=0.005), TrainConfig(batch_size=100),
                          "outliers count less (β-divergence)"),
+    "hvae-vamp": Preset(HVAE, HVAEConfig(prior="vamp", components=500, pseudo_inputs="data", warmup="linear",
+                                         warmup_steps=1000), TrainConfig(batch_size=100),
+                        "two layers, inferred downwards, with a VampPrior of 500 pseudo-inputs"),
+    "vae-iop": Preset(ImplicitVAE, ImplicitConfig(), TrainConfig(epochs=1000, batch_size=100),
+                      "the aggregate posterior as prior, by a density-ratio network; epochs are our choice"),
     "iwae": Preset(IWAE, IWAEConfig(), TrainConfig(batch_size=20), "Burda et al., 50 samples"),
     "iwae-2": Preset(IWAE, IWAEConfig(latent_dim=100, prior="hierarchical"), TrainConfig(batch_size=20),
                      "the same with two stochastic layers"),
