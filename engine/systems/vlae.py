@@ -12,7 +12,7 @@ likelihood="logistic_mixture", whose −log p(x) is one of levels, reported in b
 
 Traps. E[x | z] has no closed form: where other models show it, this one draws an image and shows the probability of each of
 its pixels given those before. "0.01 nats/data-dim free bits" are 7.84 nats for 28×28 pixels in the authors' code, for the mean
-over the batch, with no gradient below; the paper says of its Table 1 that VLAE alone has them, and in B.1.1 that all have.
+over the batch, with no gradient below; §4.1 of the paper says that VLAE has them and MAE has not, B.1.1 that all have.
 """
 
 import math
