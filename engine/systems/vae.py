@@ -373,6 +373,7 @@ def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Modul
 
 
 def make_decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
+    """The decoder of `config`, for observations of `shape`."""
     if _is_decoded(config):
         shape = (2 * shape[0], *shape[1:])
     if config.network == "mlp":
