@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .bounds import Posterior, kl_to_normal
-from .diagnostics import active_dimensions, evaluating, mmd2_to_prior
+from .diagnostics import active_dimensions, check_gaussian, evaluating, mmd2_to_prior
 from .system import System
 
 EXPLAINED = 0.5
@@ -42,8 +42,7 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
     """
     if len(x) < 2:
         raise ValueError(f"balance: needs two or more rows to compare, given {len(x)}.")
-    if getattr(system, "flow", None) is not None:
-        raise ValueError("balance: needs a Gaussian posterior, and that of this system has a flow (posterior_flow).")
+    check_gaussian("balance", system)
     with evaluating(system):
         posterior = system.encode(x)
         gradient = _gradient(system, posterior, x, generator)

@@ -37,9 +37,9 @@ class MaskedLinear(nn.Linear):
 
 
 class MADE(nn.Module):
-    """Masked ReLU layers, and a direct connection, whose outputs for dimension d see the inputs of lower degree alone.
+    """Masked ReLU layers, and a direct connection, whose outputs for a dimension see the dimensions of lower degree alone.
 
-    Germain et al. 2015; the degrees of hidden units go round. Outputs start at zero.
+    Germain et al. 2015; hidden units have all degrees in turn. Outputs start at zero.
 
     Args:
         dim: D.
@@ -55,11 +55,12 @@ class MADE(nn.Module):
         self.outputs, self.context = outputs, context
         degrees = torch.arange(1, dim + 1) if degrees is None else degrees
         self.register_buffer("degrees", degrees, persistent=False)
+        self.highest_degree = int(degrees.max())
         first = 0 if context else 1
         inputs = last = torch.cat([degrees, degrees.new_zeros(context)])
         layers = []
         for width in hidden:
-            units = first + torch.arange(width) % max(1, int(degrees.max()) - first)
+            units = first + torch.arange(width) % max(1, self.highest_degree - first)
             layers += [MaskedLinear(units[:, None] >= last), nn.ReLU()]
             last = units
         self.hidden = nn.Sequential(*layers)
@@ -116,7 +117,7 @@ class AutoregressiveFlow(nn.Module):
         log_det = u.new_zeros(u.shape[:-1])
         for block in reversed(self.blocks):
             z = torch.zeros_like(u)
-            for degree in range(1, int(block.degrees.max()) + 1):
+            for degree in range(1, block.highest_degree + 1):
                 shift, log_scale = _shift_and_log_scale(block, z, context)
                 # Zero where z is not known yet: its values may grow from pass to pass.
                 z = torch.where(block.degrees <= degree, u * log_scale.exp() + shift, 0)
