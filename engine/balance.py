@@ -14,12 +14,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .bounds import Posterior, kl_to_normal
-from .diagnostics import active_dimensions, evaluating, mmd2_to_prior
+from .diagnostics import active_dimensions, check_gaussian, evaluating, mmd2_to_prior
 from .kernels import pairwise_kl
 from .system import System
 
 EXPLAINED = 0.5
 FAR_FROM_PRIOR = 0.05
+_GRADIENT_ROWS = 100  # at a time: of a deep decoder they take the memory of a batch
 
 
 @torch.no_grad()
@@ -35,23 +36,23 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
         the decoded means reconstruct; "mmd2" of the aggregate posterior to the prior (`mmd2_to_prior`); "gradient", the mean
         norm of dL/dz for L = −log p(x, z), z a sample of each posterior; "mpd" and "mpd_std", mean and standard deviation of
         the KL divergences between pairs of posteriors (`pairwise_kl`); with a Gaussian likelihood "gamma", its variance,
-        mean over features; and the "verdict", a sentence.
+        mean over features; and the "verdict", a sentence. A system whose decoder is `autoregressive` has no "explained" and
+        no verdict: what z leaves open it takes from the pixels before.
 
     Raises:
-        ValueError: fewer than two rows.
+        ValueError: fewer than two rows, or the posterior has a flow.
     """
     if len(x) < 2:
         raise ValueError(f"balance: needs two or more rows to compare, given {len(x)}.")
+    check_gaussian("balance", system)
     with evaluating(system):
         posterior = system.encode(x)
-        residual = x - system.decode(posterior.mean)
         gradient = _gradient(system, posterior, x, generator)
     diversity = pairwise_kl(*(t.double() for t in posterior))
     state = {
         "active": int(active_dimensions(posterior.mean).sum()),
         "dimensions": posterior.mean.shape[1],
         "kl": kl_to_normal(posterior).mean(0).tolist(),
-        "explained": (1 - residual.square().sum() / (x - x.mean(0)).square().sum()).item(),
         "mmd2": mmd2_to_prior(posterior, prior or system.prior, generator),
         "gradient": torch.linalg.vector_norm(gradient, dim=1).mean().item(),
         "mpd": diversity.mpd.item(),
@@ -60,6 +61,11 @@ def balance(system: System, x: Tensor, generator: Generator | None = None, *,
     variance = getattr(system.likelihood, "variance", None)
     if variance is not None:
         state["gamma"] = float(torch.as_tensor(variance).mean())
+    if getattr(system, "autoregressive", False):
+        return state
+    with evaluating(system):
+        residual = x - system.decode(posterior.mean)
+    state["explained"] = (1 - residual.square().sum() / (x - x.mean(0)).square().sum()).item()
     return state | {"verdict": verdict(state["active"], state["dimensions"], state["explained"], state["mmd2"])}
 
 
@@ -83,7 +89,10 @@ def _gradient(system: System, posterior: Posterior, x: Tensor, generator: Genera
     With z = mean + σ ε, log q(z | x) does not depend on the mean: the gradient of a log-weight with respect to the mean is
     that of log p(x, z) with respect to z.
     """
-    with torch.enable_grad():
-        mean = posterior.mean.detach().requires_grad_()
-        log_w = system.log_weights(posterior._replace(mean=mean), x, 1, generator)
-        return torch.autograd.grad(-log_w.sum(), mean)[0]
+    gradients = []
+    for rows, mean, log_var in zip(*(t.split(_GRADIENT_ROWS) for t in (x, *posterior)), strict=True):
+        with torch.enable_grad():
+            mean = mean.detach().requires_grad_()
+            log_w = system.log_weights(Posterior(mean, log_var), rows, 1, generator)
+            gradients.append(torch.autograd.grad(-log_w.sum(), mean)[0])
+    return torch.cat(gradients)

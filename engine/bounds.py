@@ -48,6 +48,12 @@ def kl_to_normal(posterior: Posterior) -> Tensor:
     return 0.5 * (mean.square() + log_var.expm1() - log_var)
 
 
+def kl_between(posterior: Posterior, prior: Posterior) -> Tensor:
+    """KL(q ‖ p) of diagonal Gaussians, each dimension by itself, in nats, `[..., D]`."""
+    log_ratio = posterior.log_var - prior.log_var
+    return 0.5 * ((posterior.mean - prior.mean).square() * (-prior.log_var).exp() + log_ratio.expm1() - log_ratio)
+
+
 def entropy(posterior: Posterior) -> Tensor:
     """Entropy of q(z | x) of each row, in nats, `[N]`."""
     return 0.5 * (posterior.log_var + (1 + math.log(2 * math.pi))).sum(-1)

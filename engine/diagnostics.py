@@ -118,10 +118,17 @@ def log_likelihood(system: System, x: Tensor, samples: int = 4096, *, chunk: int
 
 @torch.no_grad()
 def encode(system: System, x: Tensor, batch_size: int = 1000) -> Posterior:
-    """q(z | x) of all rows of `x`, in evaluation mode."""
+    """q(z | x) of all rows of `x`, in evaluation mode. ValueError where it is no Gaussian, for it has a flow."""
+    check_gaussian("encode", system)
     with evaluating(system):
         mean, log_var = zip(*(system.encode(rows) for rows in x.split(batch_size)), strict=True)
     return Posterior(torch.cat(mean), torch.cat(log_var))
+
+
+def check_gaussian(name: str, system: System) -> None:
+    """Raises ValueError, for the function `name`, if a flow follows the Gaussian that `system.encode` gives."""
+    if getattr(system, "flow", None) is not None:
+        raise ValueError(f"{name}: needs a Gaussian posterior, and that of this system has a flow (posterior_flow).")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     Bernoulli   log p = Σ_p x_p l_p − softplus(l_p)               l: logits
     Gaussian    log p = −½ Σ_p (x_p − m_p)²/γ + log(2π γ)         m: means, γ: variance
+    mixture of discretised logistics: `LogisticMixture`
 
 `x` are rows `[N, ...]`, a decoder's output has their shape, or `[S, N, ...]` for S samples of each; log p is `[N]` or
 `[S, N]`. The variance is fixed (`Gaussian`), learned (`LearnedGaussian`), the decoder's for each feature
@@ -13,13 +14,18 @@ which moves log γ twice as far a step under Adam. Where the decoder fits all pi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from . import kernels
+
+if TYPE_CHECKING:
+    from .systems.vae import AEConfig
 
 
 def check_unit_interval(x: Tensor) -> None:
@@ -141,6 +147,58 @@ class DecodedGaussian:
         return (mean.sigmoid() if self.sigmoid else mean), log_var
 
 
+@dataclass(frozen=True)
+class LogisticMixture:
+    """Pixels of 256 levels in [0, 1] under a discretised mixture of logistics (Salimans et al. 2017).
+
+    The decoder gives its parameters, in the order of `kernels.logistic_mixture_log_prob`: `[..., 10 K, H, W]` for x
+    `[..., 3, H, W]`, `[..., 3 K, H, W]` for x of one channel. log p is that of the levels, not a density.
+    """
+
+    channels: int = 3
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
+        return kernels.logistic_mixture_log_prob(2 * x - 1, output)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """E[x] `[..., C, H, W]`, but for what rounding to levels and the edges change: Σ_k π_k m_k, within [0, 1]."""
+        logits, params = self._split(output)
+        means = []
+        for channel in range(self.channels):
+            means.append(_mean_given(params, channel, means))
+        mixed = torch.stack([(logits.softmax(-3) * mean).sum(-3) for mean in means], -3)
+        return ((mixed + 1) / 2).clamp(0, 1)
+
+    def draw(self, output: Tensor, noise: Tensor) -> Tensor:
+        """x `[..., C, H, W]`, whose levels a `noise` `[..., K + C, H, W]`, uniform in [0, 1), chooses: components, channels."""
+        logits, params = self._split(output)
+        noise = noise.clamp(torch.finfo(noise.dtype).eps, 1 - torch.finfo(noise.dtype).eps)
+        gumbel, logistic = -(-noise[..., :-self.channels, :, :].log()).log(), noise[..., -self.channels:, :, :].logit()
+        chosen = (logits + gumbel).argmax(-3, keepdim=True)[..., None, None, :, :, :]
+        params = params.gather(-3, chosen.expand(*params.shape[:-3], 1, *params.shape[-2:])).squeeze(-3)
+        x: list[Tensor] = []
+        for channel in range(self.channels):
+            scale = params[..., channel, 1, :, :].clamp(min=-7).exp()
+            value = _mean_given(params.unsqueeze(-3), channel, [c.unsqueeze(-3) for c in x]).squeeze(-3)
+            x.append(((value + scale * logistic[..., channel, :, :]).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1)
+        return (torch.stack(x, -3) + 1) / 2
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[..., K, H, W]`, and `[..., C, 3 or 2, K, H, W]`: means, log-scales, and coefficients of three channels."""
+        kinds = 3 if self.channels == 3 else 2
+        K = output.shape[-3] // (1 + kinds * self.channels)
+        return output[..., :K, :, :], output[..., K:, :, :].unflatten(-3, (self.channels, kinds, K))
+
+
+def _mean_given(params: Tensor, channel: int, before: list[Tensor]) -> Tensor:
+    """Means `[..., K, H, W]` of a channel under each component, given the values of the channels before it, of that shape."""
+    mean = params[..., channel, 0, :, :, :]
+    for other, value in enumerate(before):
+        mean = mean + params[..., channel - 1 + other, 2, :, :, :].tanh() * value  # slots 0; 1, 2: green on red; blue on both
+    return mean
+
+
 class _GaussianOfVariance(nn.Module):
     """What Gaussians share whose `variance` γ `[]`, or of a shape that broadcasts against a row, is not fixed."""
 
@@ -212,6 +270,22 @@ class OptimalGaussian(_GaussianOfVariance):
         best = kernels.gaussian_variance(x, mean, tuple(self.variance.shape))
         self.variance.lerp_(best.to(self.variance.dtype), 0.1)
         return best.clamp_min(torch.finfo(best.dtype).tiny).log()
+
+
+def likelihood_for(config: "AEConfig", shape: Sequence[int],
+                   ) -> Bernoulli | Gaussian | DecodedGaussian | LearnedGaussian | OptimalGaussian | LogisticMixture:
+    """The likelihood named in `config`, of observations of `shape`."""
+    if config.likelihood == "bernoulli":
+        return Bernoulli()
+    if config.likelihood == "logistic_mixture":
+        return LogisticMixture(shape[0])
+    if config.gamma == "fixed":
+        return Gaussian(math.sqrt(config.variance))
+    if config.gamma == "decoded":
+        return DecodedGaussian(sigmoid=config.mean_activation == "sigmoid")
+    if config.gamma == "optimal":
+        return OptimalGaussian(config.variance)
+    return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
 
 
 def _gaussian_log_power_integral(log_var: Tensor, power: float) -> Tensor:

@@ -15,17 +15,24 @@ log-density of its argument, with `sample` and `log_prior`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from .bounds import Posterior, reparametrize
+from .conv_flow import ConvFlow, latent_maps
+from .flows import AutoregressiveFlow, RealNVP
 from .kernels import gaussian_log_prob, gmm_log_prob, importance_log_weights
 from .networks import mlp
 
+if TYPE_CHECKING:
+    from .systems.vae import EncoderConfig
+
 COVARIANCES = ("diagonal", "isotropic")
+FLOWS = {"maf": AutoregressiveFlow, "iaf": AutoregressiveFlow, "realnvp": RealNVP, "conv": ConvFlow}
 
 
 def soft_ball_log_prob(x: Tensor, radius: float = 10.0, hardness: float = 5.0) -> Tensor:
@@ -215,6 +222,107 @@ class HierarchicalPrior(nn.Module):
         """`n` points `[n, D]`."""
         given_u = Posterior(*self.decoder(self.top.sample(n, generator)).chunk(2, 1))
         return reparametrize(given_u, 1, generator)[0]
+
+
+class VampPrior(nn.Module):
+    """The mixture of the posteriors of K learned pseudo-inputs u_k, p(z) = 1/K Σ_k q(z | u_k) (Tomczak & Welling 2018, Eq. 9).
+
+    Args:
+        encode: gives q(z | x) of `x` `[N, *shape]`; it is called in every evaluation of the density. Its parameters are
+            not those of the prior, but gradients reach them through it.
+        components: K.
+        shape: of an observation.
+        unit_interval: whether observations lie in [0, 1]; pseudo-inputs are then clamped to it, as in the authors' code.
+
+    Attributes: `inputs` `[K, *shape]`, which start at N(0.05, 0.01²), as in the authors' code for digits.
+
+    Traps. The authors' samples are those of the first n pseudo-inputs; here a component is drawn for each. They train with
+    a warm-up of the KL divergence; without one, all posteriors may stay close to each other, and the prior with them.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Posterior], components: int, shape: Sequence[int], *,
+                 unit_interval: bool = True) -> None:
+        super().__init__()
+        self.encode, self.unit_interval = encode, unit_interval
+        self.inputs = nn.Parameter(0.05 + 0.01 * torch.randn(components, *shape))
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor) -> None:
+        """Makes random rows of `x` `[N, *shape]` the pseudo-inputs, with noise of deviation 0.01 (the authors' code)."""
+        K = len(self.inputs)
+        if len(x) < K:
+            raise ValueError(f"pseudo_inputs='data' takes as many different rows as components, given {len(x)} rows for {K}: "
+                             "lower components, or use pseudo_inputs='random'.")
+        noise = 0.01 * torch.randn_like(self.inputs)
+        self.inputs.copy_(self._clamp(x[torch.randperm(len(x))[:K]] + noise))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Log-density of `z` `[..., D]`, in nats, `[...]`. Time of K rows through the encoder, and of `gmm_log_prob`."""
+        posterior = self.encode(self._clamp(self.inputs))
+        K = len(self.inputs)
+        return gmm_log_prob(z, *posterior, posterior.mean.new_full((K,), -math.log(K)))
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """`n` points `[n, D]`, each of a component drawn at random."""
+        components = torch.randint(len(self.inputs), (n,), generator=generator, device=self.inputs.device)
+        return reparametrize(self.encode(self._clamp(self.inputs[components])), 1, generator)[0]
+
+    def _clamp(self, inputs: Tensor) -> Tensor:
+        return inputs.clamp(0, 1) if self.unit_interval else inputs
+
+
+class FlowPrior(nn.Module):
+    """A normalizing flow between N(0, I) and z over D dimensions; it starts as N(0, I).
+
+    Args:
+        dim: D; of "conv" (F, h, w), with D = F h w.
+        kind: "maf", fast densities (Papamakarios et al. 2017), whose samples take D passes; "iaf", fast samples (Kingma et al.
+            2016), whose densities take D passes; "realnvp", both in at most two (Dinh et al. 2017); "conv", both in about one.
+        blocks, hidden: of the flow (`flows.AutoregressiveFlow`, `flows.RealNVP`).
+    """
+
+    def __init__(self, dim: int | Sequence[int], kind: str = "maf", blocks: int = 8, hidden: Sequence[int] = (320,)) -> None:
+        super().__init__()
+        if kind not in FLOWS:
+            raise ValueError(f"kind must be one of {', '.join(FLOWS)}, given {kind!r}.")
+        self.kind, self.base = kind, StandardNormal(dim if isinstance(dim, int) else math.prod(dim))
+        self.flow = FLOWS[kind](dim, blocks, hidden)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Log-density of `z` `[..., D]`, in nats, `[...]`."""
+        u, log_det = self.flow.inverse(z) if self.kind == "iaf" else self.flow(z)
+        return self.base(u) + log_det
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """`n` points `[n, D]`."""
+        u = self.base.sample(n, generator)
+        return (self.flow(u) if self.kind == "iaf" else self.flow.inverse(u))[0]
+
+
+def prior_for(config: "EncoderConfig", encode: Callable[[Tensor], Posterior], shape: Sequence[int]) -> nn.Module:
+    """The prior named in `config`, of a model of observations of `shape` with posteriors `encode`."""
+    if config.prior == "normal":
+        return StandardNormal(config.latent_dim)
+    if config.prior == "hierarchical":
+        return HierarchicalPrior(config.latent_dim, config.top_dim, config.top_hidden)
+    if config.prior == "vamp":
+        in_unit_interval = config.likelihood == "bernoulli" or config.mean_activation == "sigmoid"
+        return VampPrior(encode, config.components, shape, unit_interval=in_unit_interval)
+    if config.prior in FLOWS:
+        dim = latent_maps(shape, config.latent_dim) if config.prior == "conv" else config.latent_dim
+        return FlowPrior(dim, config.prior, config.flow_blocks, config.flow_hidden)
+    # As wide as N(0, I) at the start: means within its radius, variances of one.
+    return GaussianMixturePrior(config.components, config.latent_dim, radius=config.latent_dim**0.5, log_precision_mean=0)
+
+
+def flow_for(config: "EncoderConfig") -> nn.Module | None:
+    """The flow after the Gaussian posterior of `config`, with its mean and log-variance as context; None without one."""
+    if config.posterior_flow == "none":
+        return None
+    dim = config.latent_dim
+    return FLOWS[config.posterior_flow](dim, config.flow_blocks, config.flow_hidden, 2 * dim)
 
 
 def _indices(name: str, values: Tensor, n: int, low: int, high: int, device: torch.device) -> Tensor:

@@ -46,7 +46,7 @@ def format_scores(scores: Mapping[str, object], beside: Mapping[str, Mapping[str
         text, form = _TEXT[name]
         values = [scores[name], *(column.get(name) for column in beside.values())]
         lines.append(f"{text:<{width}}" + "".join(" " * 10 if v is None else f"{v:>10{form}}" for v in values))
-    if "balance" in scores:
+    if "verdict" in scores.get("balance", {}):
         lines.append(scores["balance"]["verdict"])
     return "\n".join(line.rstrip() for line in lines)
 

@@ -21,6 +21,7 @@ from .diagnostics import (
 )
 from .figures import image_grid, interpolations, manifold, pairs, traversals
 from .kernels import pairwise_kl
+from .likelihoods import LogisticMixture
 from .priors import GaussianMixturePrior, StandardNormal
 from .probes import knn_accuracy
 from .systems.vae import AE, VAE
@@ -35,9 +36,10 @@ TEXT = {
     "nll_low": ("    95 % interval of its mean over images, from", ".2f"),
     "nll_high": ("    to", ".2f"),
     "nll_samples": ("    importance samples of each image", ".0f"),
+    "log_mass": ("    log ∫ of the implicit prior, estimated: −log p(x) and −ELBO are too low by it, and no bounds", ".2f"),
     "effective_samples": ("    effective ones, median", ".1f"),
     "pareto_k_high": ("    share of images with Pareto k̂ above 0.7: too few samples", ".3f"),
-    "bits_per_dim": ("    bits/dim of 256 levels, under uniform dequantisation noise", ".3f"),
+    "bits_per_dim": ("    bits/dim of 256 levels; of a density under uniform dequantisation noise", ".3f"),
     "negative_elbo": ("−ELBO (nats an image)", ".2f"),
     "reconstruction": ("    −E log p(x | z) under the posterior", ".2f"),
     "kl": ("    KL(q(z | x) ‖ p(z))", ".2f"),
@@ -85,6 +87,8 @@ def evaluate(system: AE, train: Data, test: Data | None, nll_samples: int | None
 
 def _posterior_scores(system: VAE, train: Data, data: Data, nll_samples: int) -> dict[str, object]:
     generator = Generator(data.x.device).manual_seed(0)
+    if system.flow is not None:  # the rest is of Gaussian posteriors
+        return _likelihood_scores(system, data, nll_samples, generator)
     posterior = encode(system, data.x)
     split = aggregate_split(posterior, system.prior, generator=generator)
     diversity = pairwise_kl(*(t.double() for t in posterior))
@@ -104,7 +108,11 @@ def _likelihood_scores(system: VAE, data: Data, samples: int, generator: Generat
     scores = {"nll": -found.mean, "nll_low": -high, "nll_high": -low, "nll_samples": samples,
               "effective_samples": found.effective_samples.median().item(),
               "pareto_k_high": (found.pareto_k > 0.7).double().mean().item(), "negative_elbo": -found.elbo.mean().item()}
+    if hasattr(system.prior, "log_mass"):
+        scores["log_mass"] = system.prior.log_mass(generator=generator)
     gray = bool(((data.x > 0) & (data.x < 1)).any())
+    if isinstance(system.likelihood, LogisticMixture):
+        scores["bits_per_dim"] = -found.mean / (data.x[0].numel() * math.log(2))
     if hasattr(system.likelihood, "variance") and gray and on_grid(data.x):
         noisy = log_likelihood(system, dequantise(data.x, generator=generator), samples, generator=generator)
         scores["bits_per_dim"] = bits_per_dimension(noisy.log_px, data.x[0].numel()).mean().item()
@@ -131,10 +139,10 @@ def evaluation_figures(system: AE, train: Data, test: Data | None) -> dict[str, 
 
 
 def represent(system: AE, x: Tensor, steps: int | None) -> dict[str, Tensor | None]:
-    """Representations, for a model with posteriors their means, and then the log-variances."""
+    """Representations, for a model with Gaussian posteriors their means, and then the log-variances."""
     if steps is not None:
         raise ValueError(f"{type(system).__name__} represents images by its encoder: leave --steps out.")
-    if not isinstance(system, VAE):
+    if not isinstance(system, VAE) or system.flow is not None:
         return {"z": _represent(system, x)}
     mean, log_var = encode(system, x)
     return {"z": mean, "log_var": log_var}

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from .data import Data, batch_order
 from .latents import CatchUpAdam, EpochAdam, LatentTable, RowAdam, RowOptimizer, RowSGD, catch_up
 from .logs import Progress
 from .system import Batch, OptimizerConfig, Phase, System
-from .validation import Means, Validation, on_device, reseed, validation_rows
+from .validation import Means, Validation, on_device, plateaus, reseed, validation_rows
 
 WATCHED = 500  # training rows that `System.monitor` sees
 
@@ -40,7 +40,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], OptimizerConfig], torch.optim.
 class TrainConfig:
     """Defaults: the MNIST training of Schuster & Krogh 2021 (A.7).
 
-    Step decay of the learning rates: lr_stage_epochs=30, lr_decay=0.1. The stages of Burda et al. 2016, 3^i passes at
+    Step decay of the learning rates: lr_stage_epochs=30, lr_decay=0.1; halved at each plateau of the validation loss that
+    lasts 20 epochs: lr_patience=20, lr_decay=0.5. The stages of Burda et al. 2016, 3^i passes at
     lr · 10^(−i/7) for i = 0, ..., 7: epochs=3280, lr_stage_epochs=1, lr_stage_growth=3, lr_decay=10 ** (-1 / 7).
     """
 
@@ -52,13 +53,14 @@ class TrainConfig:
     ema_decay: float | None = None  # of a moving average of the weights, which is then what is validated and kept
     lr_stage_epochs: int | None = None  # length of the first stage of the learning rates, in each phase
     lr_stage_growth: int = 1  # a stage is so many times as long as the one before it
+    lr_patience: int | None = None  # epochs without a lower validation loss that end a stage, in each phase, instead
     lr_decay: float = 1.0  # a stage has so many times the learning rates of the one before it
     validation: float = 0.0  # rows to hold out: a fraction if below 1, else their number
     patience: int | None = None  # stop after so many epochs of the last phase without a lower validation loss
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("checkpoint_every", 1), ("lr_stage_epochs", 1),
-                          ("lr_stage_growth", 1), ("patience", 1)):
+                          ("lr_stage_growth", 1), ("lr_patience", 1), ("patience", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, given {value}.")
@@ -68,14 +70,20 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < high:
                 raise ValueError(f"{name} must lie between 0 and {high}, given {value}.")
-        if (self.lr_stage_epochs is None) != (self.lr_decay == 1) or (self.lr_stage_growth > 1 and self.lr_decay == 1):
+        staged = self.lr_stage_epochs is not None or self.lr_stage_growth > 1
+        if self.lr_patience is not None and (staged or self.lr_decay == 1):
+            raise ValueError("lr_patience needs an lr_decay other than 1, and takes the place of lr_stage_epochs and "
+                             f"lr_stage_growth; given {self.lr_decay}, {self.lr_stage_epochs} and {self.lr_stage_growth}.")
+        if self.lr_patience is None and (staged if self.lr_decay == 1 else self.lr_stage_epochs is None):
             raise ValueError("Stages of the learning rates need both lr_stage_epochs, the length of the first, and an "
                              f"lr_decay other than 1; given {self.lr_stage_epochs} and {self.lr_decay}.")
         if not (0 <= self.validation < 1 or self.validation % 1 == 0 < self.validation):
             raise ValueError(f"validation must be a fraction below 1 or a number of rows, given {self.validation}.")
 
-    def lr_factor(self, epoch: int) -> float:
-        """What the learning rates of a phase are multiplied by in its `epoch`, from 1."""
+    def lr_factor(self, epoch: int, losses: Sequence[float] = ()) -> float:
+        """What the learning rates of a phase are multiplied by in its `epoch`, from 1, after the validation `losses` before."""
+        if self.lr_patience is not None:
+            return self.lr_decay ** plateaus(losses, self.lr_patience)
         stage, last, length = 0, self.lr_stage_epochs or math.inf, self.lr_stage_epochs
         while epoch > last:
             stage, length = stage + 1, length * self.lr_stage_growth
@@ -135,7 +143,7 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
     try:
         while done < config.epochs and not (check and check.exhausted(done)):
             done, start = done + 1, time.perf_counter()
-            terms = loop.epoch(done, step, bar.step)
+            terms = loop.epoch(done, step, [r["validation/total"] for r in records] if check else [], bar.step)
             step += loop.steps_per_epoch
             with average.in_place():
                 terms |= check.epoch(done, step) if check else {}
@@ -250,9 +258,9 @@ class _Loop:
         self.steps_per_epoch = math.ceil(math.ceil(self.n / config.batch_size) / self.batches_per_step)
         self.has_players = len(phases) > 1
 
-    def epoch(self, epoch: int, step: int, tick: Callable[[], None]) -> dict[str, float]:
-        """Mean of each loss term over the rows that its phase has seen."""
-        self._set_learning_rates(epoch)
+    def epoch(self, epoch: int, step: int, losses: list[float], tick: Callable[[], None]) -> dict[str, float]:
+        """Mean of each loss term over the rows that its phase has seen; `losses` are those of validation before."""
+        self._set_learning_rates(epoch, losses)
         order = batch_order(self.n, self.config.batch_size, self.config.seed, epoch)
         means: dict[str, Means] = {}
         for first in range(0, len(order), self.batches_per_step):
@@ -304,9 +312,9 @@ class _Loop:
         if grads:
             torch._foreach_mul_(grads, (self.config.clip_norm / torch.nn.utils.get_total_norm(grads)).clamp(max=1))
 
-    def _set_learning_rates(self, epoch: int) -> None:
+    def _set_learning_rates(self, epoch: int, losses: list[float]) -> None:
         for phase in (phase for phase in self.phases if phase.runs_in(epoch)):
-            factor = self.config.lr_factor(epoch - phase.first_epoch + 1)
+            factor = self.config.lr_factor(epoch - phase.first_epoch + 1, losses[phase.first_epoch - 1:])
             for child in phase.updates:
                 for group in self.optimizers[child].param_groups:
                     group["lr"] = getattr(self.system.config.optim, child).lr * factor

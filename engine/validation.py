@@ -1,5 +1,7 @@
 """Rows that are held out from training, their loss after each epoch, and the weights with which it was lowest."""
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +19,9 @@ def validation_rows(system: System, data: Data, given: Data | None,
                      config: "TrainConfig") -> tuple[Tensor | None, Data | None]:
     """The row numbers to train on (None: all), and the rows to validate on (None: there is no validation)."""
     if given is None and not config.validation:
-        if config.patience is not None:
-            raise ValueError("patience needs rows to validate on: set validation, or give fit(validation=...).")
+        waiting = [name for name in ("patience", "lr_patience") if getattr(config, name) is not None]
+        if waiting:
+            raise ValueError(f"{waiting[0]} needs rows to validate on: set validation, or give fit(validation=...).")
         return None, None
     if given is not None and config.validation:
         raise ValueError("Rows to validate on are given and to be held out (TrainConfig.validation): choose one.")
@@ -37,6 +40,17 @@ def validation_rows(system: System, data: Data, given: Data | None,
                          "hold out at least one, and leave at least one to train on.")
     order = torch.cat(batch_order(len(data), len(data), config.seed, 0))  # epochs of training start at 1
     return order[count:].sort().values, data.take(order[:count].sort().values)
+
+
+def plateaus(losses: Sequence[float], patience: int) -> int:
+    """How often `patience` of `losses` in a row were no lower than the lowest before them; each time the count starts again."""
+    found, waited, best = 0, 0, math.inf
+    for loss in losses:
+        waited = 0 if loss < best else waited + 1
+        best = min(best, loss)
+        if waited == patience:
+            found, waited = found + 1, 0
+    return found
 
 
 class Means:

@@ -1,5 +1,6 @@
 """Importance-weighted autoencoders: losses against NumPy, gradients against their formulas, bounds in their order."""
 
+import copy
 import math
 
 import numpy as np
@@ -23,6 +24,9 @@ def tiny(kind=IWAE, config=IWAEConfig, scale=1.0, **settings):
     with torch.no_grad():
         for p in [*system.encoder.parameters(), *system.decoder.parameters()]:
             p.mul_(scale)
+        for flow in (getattr(system.prior, "flow", None), system.flow):
+            for block in [] if flow is None else flow.blocks:  # which start as the identity
+                block.head.weight.normal_(std=0.02)
     x = torch.rand(5, *SHAPE, dtype=torch.float64).round()
     return system, Batch(x, torch.arange(5))
 
@@ -62,7 +66,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize(("bound", "prior"), [
-    (bound, prior) for bound, (settings, _) in BOUNDS.items() for prior in ("normal", "mixture", "hierarchical")
+    (bound, prior) for bound, (settings, _) in BOUNDS.items() for prior in ("normal", "mixture", "hierarchical", "vamp")
     if prior != "hierarchical" or "estimator" not in settings])  # the others' estimators are of one layer
 def test_the_loss_is_the_negative_bound(bound, prior):
     settings, formula = BOUNDS[bound]
@@ -71,7 +75,7 @@ def test_the_loss_is_the_negative_bound(bound, prior):
 
 
 def surrogates(estimator, log_w, path):
-    """What has the estimator's gradient in the encoder and in the decoder; `path` is log w with q's parameters fixed."""
+    """What has the estimator's gradient in q and in the decoder and prior; `path` is log w with q's parameters fixed."""
     w = log_w.detach().softmax(0)
     if estimator == "iwae":
         return (w * log_w).sum(0), (w * log_w).sum(0)
@@ -84,22 +88,26 @@ def surrogates(estimator, log_w, path):
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg", "piwae"])
-@pytest.mark.parametrize("prior", ["normal", "mixture"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "maf", "iaf"])
 def test_gradients_are_those_of_the_estimator(estimator, prior):
     system, batch = tiny(estimator=estimator, prior=prior, scale=2.0, groups=3 if estimator == "piwae" else 1)
+    twin = copy.deepcopy(system)  # whose encoder is that of a VampPrior alone
     posterior = system.encode(batch.x)
     torch.manual_seed(0)
     z = reparametrize(posterior, S)
     normal, bernoulli = torch.distributions.Normal, torch.distributions.Bernoulli
     logits = system.decoder(z.flatten(0, 1)).unflatten(0, (S, 5))
     log_joint = bernoulli(logits=logits).log_prob(batch.x).sum((2, 3, 4))
-    log_joint = log_joint + (normal(0, 1).log_prob(z).sum(2) if prior == "normal" else system.prior(z))
+    log_joint = log_joint + (normal(0, 1).log_prob(z).sum(2) if prior == "normal" else twin.prior(z))
     free, fixed = (log_joint - normal(mean, (0.5 * log_var).exp()).log_prob(z).sum(2)
                    for mean, log_var in (posterior, Posterior(*(t.detach() for t in posterior))))
     encoder, decoder = list(system.encoder.parameters()), list(system.decoder.parameters())
     for_encoder, for_decoder = surrogates(estimator, free, fixed)
     expected = [*torch.autograd.grad(-for_encoder.mean(), encoder, retain_graph=True),
-                *torch.autograd.grad(-for_decoder.mean(), decoder)]
+                *torch.autograd.grad(-for_decoder.mean(), decoder, retain_graph=True)]
+    if prior == "vamp":
+        of_prior = torch.autograd.grad(-for_decoder.mean(), list(twin.encoder.parameters()))
+        expected[:len(encoder)] = [a + b for a, b in zip(expected, of_prior, strict=False)]
     total(system, batch).backward()
     torch.testing.assert_close([p.grad for p in encoder + decoder], expected)
 
@@ -130,10 +138,11 @@ def test_renyi_bounds_fall_with_their_order():
     assert found == sorted(found, reverse=True) and found[0] > found[-1] + 0.5
 
 
-@pytest.mark.parametrize("prior", ["normal", "mixture", "hierarchical"])
-def test_log_weights_give_the_marginal_likelihood_of_a_decoder_that_ignores_z(prior):
+@pytest.mark.parametrize(("prior", "flow"), [("normal", "none"), ("mixture", "none"), ("hierarchical", "none"),
+                                             ("normal", "iaf"), ("mixture", "iaf"), ("hierarchical", "realnvp")])
+def test_log_weights_give_the_marginal_likelihood_of_a_decoder_that_ignores_z(prior, flow):
     """p(x | z) = p(x): with q(z | x) near the prior the weights of one layer, and of two, all average to p(x)."""
-    system, batch = tiny(prior=prior)
+    system, batch = tiny(prior=prior, posterior_flow=flow)
     with torch.no_grad():
         system.decoder[-2].weight.zero_()
         logits = system.decoder(torch.zeros(1, 4, dtype=torch.float64))
@@ -166,6 +175,7 @@ def test_samples_of_two_layers_follow_the_chain_of_their_distributions():
     ({"alpha": -math.inf, "estimator": "dreg"}, r"VR-max \(alpha=-inf\) goes by one sample"),
     ({"alpha": -math.inf, "groups": 2}, r"VR-max \(alpha=-inf\) goes by one sample"),
     ({"prior": "hierarchical", "estimator": "stl"}, "'stl' is that of one stochastic layer"),
+    ({"posterior_flow": "iaf", "estimator": "dreg"}, "'dreg' is that of a Gaussian posterior; with posterior_flow='iaf' use"),
     ({"likelihood": "gaussian", "gamma": "optimal"}, "best variance for an ELBO"),
 ])
 def test_settings_that_contradict_each_other_are_refused(settings, words):

@@ -8,9 +8,11 @@ import torch
 from scipy import integrate, stats
 from sklearn.mixture import GaussianMixture
 
+from latent_engine.bounds import Posterior
 from latent_engine.priors import (
     GaussianMixturePrior,
     StandardNormal,
+    VampPrior,
     dirichlet_log_prob,
     normal_log_prob,
     soft_ball_log_prob,
@@ -153,6 +155,21 @@ def test_samples_follow_the_components_they_are_asked_from(prior):
     assert set(chosen[::2].tolist()) == {4, 5} and set(chosen[1::2].tolist()) == set(range(6))
     share = (prior.sample_components(5000, generator) == 0).double().mean()
     assert share == pytest.approx(prior.log_weights[0].exp().item(), abs=0.03)
+
+
+def test_a_vamp_prior_is_normalised_and_draws_its_components_at_random():
+    """Four pseudo-inputs of one pixel, whose posteriors are N(10 u, 0.1²)."""
+    prior = VampPrior(lambda x: Posterior(10 * x, torch.full_like(x, math.log(0.01))), 4, (1,)).double()
+    with torch.no_grad():
+        prior.inputs.copy_(torch.tensor([[0.0], [0.25], [0.5], [1.0]]))
+    grid = torch.linspace(-2, 12, 20_001, dtype=torch.float64)
+    assert np.trapezoid(prior(grid[:, None]).detach().exp(), grid) == pytest.approx(1)
+    first, second = (prior.sample(1000, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (1000, 1) and not first.requires_grad
+    components = np.abs(first.numpy() - prior.inputs.detach().numpy().T * 10).argmin(1)
+    assert np.bincount(components[:50], minlength=4).min() > 4
+    assert stats.chisquare(np.bincount(components, minlength=4)).pvalue > 0.01
+    assert (first[:, 0] - 10 * prior.inputs.detach()[components, 0]).std().item() == pytest.approx(0.1, rel=0.1)
 
 
 def test_sampling_is_reproducible(prior):

@@ -18,7 +18,8 @@ from latent_engine.systems.vae import VAE, VAEConfig
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-SMALL = {"latent_dim": 2, "hidden": (16,), "top_dim": 3, "top_hidden": (8,), "components": 4, "capacity": 4, "samples": 8}
+SMALL = {"latent_dim": 2, "hidden": (16,), "top_dim": 3, "top_hidden": (8,), "components": 4, "capacity": 4, "samples": 8,
+         "flow_blocks": 2, "flow_hidden": (16,), "ratio_hidden": (16,), "lower_dim": 3}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_the_scores_are_those_of_the_diagnostics(digits):
     assert "bits_per_dim" not in scores and scores["balance"]["verdict"] in report.format_scores(scores)
 
 
-@pytest.mark.parametrize("preset", ["ae", "vae", "vae-2", "vae-mixture", "vae-gaussian", "iwae", "dgd"])
+@pytest.mark.parametrize("preset", ["ae", "vae", "vae-2", "vae-mixture", "vae-gaussian", "vae-vamp", "vae-iaf", "hvae-vamp",
+                                    "vae-iop", "iwae", "dgd"])
 def test_every_family_has_a_table_and_pictures(preset, digits, tmp_path):
     train, test = digits
     system = trained(preset, train)
@@ -69,11 +71,28 @@ def test_every_family_has_a_table_and_pictures(preset, digits, tmp_path):
     names = {path.name for path in report.write_evaluation(system, train, test, tmp_path)}
     expected = set() if preset == "dgd" else {"reconstructions.png", "traversals.png", "interpolations.png"}
     expected |= {"samples.png"} if "nll" in scores else set()
-    expected |= {"manifold.png"} if preset in ("vae", "iwae", "vae-gaussian") else set()
+    expected |= {"manifold.png"} if preset in ("vae", "iwae", "vae-gaussian", "vae-iaf") else set()
     assert names == expected
     paths = report.write_pictures(system, train, [{"epoch": 1, "step": 6, "total": 2.0}], tmp_path, "title")
     assert {"space.png", "curves.png", "explorer.html"} <= {p.name for p in paths} and paths[-1].name == "explorer.html"
     assert all(path.stat().st_size > 500 for path in paths)
+
+
+def test_a_posterior_with_a_flow_has_the_scores_that_need_no_gaussian(digits):
+    system = trained("vae-iaf", digits[0])
+    scores = report.evaluate(system, *digits, nll_samples=100)
+    assert scores["nll"] < scores["negative_elbo"]
+    assert not {"kl", "mutual_information", "mpd", "mmd2", "balance"} & scores.keys()
+    assert set(report.represent(system, digits[0].x, None)) == {"z"}
+
+
+def test_the_score_of_an_implicit_prior_says_what_is_missing_from_it(digits):
+    system = trained("vae-iop", digits[0])
+    with torch.no_grad():
+        system.ratio[-1].bias += 3
+    scores = report.evaluate(system, *digits, nll_samples=20)
+    assert scores["log_mass"] == pytest.approx(3, abs=0.5)
+    assert "too low by it, and no bounds" in report.format_scores(scores)
 
 
 def test_bits_per_dimension_only_of_continuous_pixels_of_256_levels(digits):

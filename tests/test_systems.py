@@ -8,12 +8,17 @@ import torch
 
 from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
+from latent_engine.systems.hvae import HVAE, HVAEConfig
+from latent_engine.systems.implicit import ImplicitConfig, ImplicitVAE
 from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.two_stage import TwoStageConfig, TwoStageVAE
 from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
+from latent_engine.systems.vlae import VLAE, VLAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,
-         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1}
+         "code_dim": 5, "code_hidden": (12,), "autoencoder_epochs": 1, "first_epochs": 1,
+         "flow_blocks": 2, "flow_hidden": (16,), "lower_dim": 3, "ratio_hidden": (8,), "ratio_steps": 2,
+         "blocks": 2, "mixtures": 2, "kernels": (5, 3), "width": 8}
 VARIANTS = {
     "ae-optimal": (AE, AEConfig(likelihood="gaussian", gamma="optimal")),
     "vae-conv": (VAE, VAEConfig(network="conv", samples=3)),
@@ -26,28 +31,44 @@ VARIANTS = {
     "vae-handicapped": (VAE, VAEConfig(heads="relu_sigmoid", normalize_beta=True)),
     "vae-decoded-variance": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", mean_activation="sigmoid",
                                             activation="softplus")),
+    "vae-resnet-gaussian": (VAE, VAEConfig(likelihood="gaussian", network="resnet")),
+    "vlae-mixture": (VLAE, VLAEConfig(prior="mixture", samples=2)),
     "vae-decoded-conv": (VAE, VAEConfig(likelihood="gaussian", gamma="decoded", network="conv")),
     "vae-robust-gaussian": (VAE, VAEConfig(likelihood="gaussian", divergence_beta=0.01)),
     "vae-diverse-as-in-the-code": (VAE, VAEConfig(diversity=1.0, diversity_form="code", free_bits=0.5)),
     "iwae-diverse": (IWAE, IWAEConfig(diversity=1.0, smoothness=0.1)),
     "two-stage-diverse": (TwoStageVAE, TwoStageConfig(diversity=0.5, smoothness=0.1)),
     "iwae-gaussian-mixture": (IWAE, IWAEConfig(likelihood="gaussian", prior="mixture", estimator="stl")),
+    "vae-iaf-posterior": (VAE, VAEConfig(posterior_flow="iaf", free_bits=0.5)),
+    "iwae-flows": (IWAE, IWAEConfig(posterior_flow="realnvp", prior="maf", samples=5, likelihood="gaussian")),
+    "vae-iaf-prior": (VAE, VAEConfig(prior="iaf")),
+    "iwae-vamp": (IWAE, IWAEConfig(prior="vamp", estimator="dreg", samples=5)),
+    "hvae-gaussian": (HVAE, HVAEConfig(likelihood="gaussian", samples=2, free_bits=0.5)),
+    "hvae-conv": (HVAE, HVAEConfig(network="conv", prior="maf")),
+    "vae-iop-gaussian": (ImplicitVAE, ImplicitConfig(likelihood="gaussian", warmup="linear", warmup_steps=10)),
     "vr-max-2": (IWAE, IWAEConfig(alpha=-math.inf, prior="hierarchical")),
 }
 SYSTEMS = {name: (preset.system, preset.config) for name, preset in PRESETS.items()} | VARIANTS
 
 
-@pytest.fixture(scope="module")
-def data():
-    """200 digits of 8×8 pixels."""
-    digits = load_data("digits").pixels(binarize=False)
-    return dataclasses.replace(digits, x=digits.x[:200], y=digits.y[:200])
-
-
 @pytest.fixture(params=SYSTEMS)
-def new(request, data):
+def named(request):
+    """A system and its configuration."""
+    return SYSTEMS[request.param]
+
+
+@pytest.fixture
+def data(named):
+    """200 digits of 8×8 pixels of 256 levels; of zeros and ones for a system that takes no others."""
+    kind, config = named
+    digits = load_data("digits").pixels(binarize=kind is VLAE and config.likelihood == "bernoulli").take(torch.arange(200))
+    return dataclasses.replace(digits, x=(digits.x * 255).round() / 255)
+
+
+@pytest.fixture
+def new(named, data):
     """Makes the system named, in small, from a seed."""
-    kind, config = SYSTEMS[request.param]
+    kind, config = named
     sizes = {name: SMALL[name] for name in SMALL if hasattr(config, name)} if kind.name != "dgd" else {}
     config = dataclasses.replace(config, **sizes)
 

@@ -59,6 +59,9 @@ class IWAEConfig(EncoderConfig):
         if self.prior == "hierarchical" and self.estimator != "iwae":
             raise ValueError(f"estimator={self.estimator!r} is that of one stochastic layer; with prior='hierarchical' "
                              "use 'iwae'.")
+        if self.posterior_flow != "none" and self.estimator != "iwae":
+            raise ValueError(f"estimator={self.estimator!r} is that of a Gaussian posterior; with "
+                             f"posterior_flow={self.posterior_flow!r} use 'iwae'.")
         if self.likelihood == "gaussian" and self.gamma == "optimal":
             raise ValueError("gamma='optimal' is the best variance for an ELBO, not for a bound of weighted samples; "
                              "use 'learned'.")
@@ -77,19 +80,21 @@ class IWAE(VAE):
         "log_px_z" is a mean over the samples, for VR-max of one layer that of the best one.
         """
         config, posterior = self.config, self.encode(batch.x)
-        z, alpha = bounds.reparametrize(posterior, config.samples), config.alpha
+        base, alpha = bounds.reparametrize(posterior, config.samples), config.alpha
         if alpha == -math.inf and config.prior != "hierarchical":
-            z, alpha = self._best(z, posterior, batch.x), 0.0
-        log_px_z, log_pz = self.likelihood.log_prob(self._decoder_output(z), batch.x), self._log_pz(z)
-        bound = importance_objective(z, *posterior, log_px_z, log_pz, estimator=config.estimator, alpha=alpha,
+            base, alpha = self._best(base, posterior, batch.x), 0.0
+        z, log_det = self._transform(base, posterior)
+        log_px_z, log_pz = self.likelihood.log_prob(self._decoder_output(z, batch.x), batch.x), self._log_pz(z, log_det)
+        bound = importance_objective(base, *posterior, log_px_z, log_pz, estimator=config.estimator, alpha=alpha,
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
             log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, log_pz))
         return self._regularized({"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl, **self._gamma()}, posterior)
 
-    def _best(self, z: Tensor, posterior: Posterior, x: Tensor) -> Tensor:
+    def _best(self, base: Tensor, posterior: Posterior, x: Tensor) -> Tensor:
         """The sample of largest weight of each row, `[S, N, D]` -> `[1, N, D]`."""
         with torch.no_grad():
-            log_px_z = self.likelihood.log_prob(self._decoder_output(z), x)
-            best = importance_log_weights(z, *posterior, log_px_z, self._log_pz(z)).argmax(0)
-        return z[best, torch.arange(len(x), device=x.device)][None]
+            z, log_det = self._transform(base, posterior)
+            log_px_z = self.likelihood.log_prob(self._decoder_output(z, x), x)
+            best = importance_log_weights(base, *posterior, log_px_z, self._log_pz(z, log_det)).argmax(0)
+        return base[best, torch.arange(len(x), device=x.device)][None]

@@ -61,6 +61,7 @@ class TwoStageConfig(VAEConfig):
     likelihood: Literal["bernoulli", "gaussian"] = "gaussian"
     mean_activation: Literal["identity", "sigmoid"] = "sigmoid"
     prior: Literal["normal"] = "normal"  # while the first stage is trained
+    posterior_flow: Literal["none"] = "none"  # for the second stage takes Gaussian posteriors
     top_dim: int = 64  # of u
     top_hidden: tuple[int, ...] = (1024, 1024, 1024)  # ReLU layers of the second stage, its decoder's in reverse
     top_gamma: Literal["learned", "learned_std"] = "learned"  # of p(z | u): variance, or by log of its root
@@ -167,10 +168,10 @@ class TwoStageVAE(VAE):
         with evaluating(self.encoder):
             return bounds.reparametrize(self.encode(x), 1)[0]
 
-    def _log_pz(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+    def _log_pz(self, z: Tensor, log_det: None = None, generator: Generator | None = None) -> Tensor:
         return self.prior(z, generator=generator)
 
-    def _divergence(self, posterior: Posterior, z: Tensor) -> Tensor:
+    def _divergence(self, posterior: Posterior, z: Tensor, log_det: None) -> Tensor:
         return bounds.kl_to_normal(posterior)
 
 
@@ -215,7 +216,7 @@ class VAEPlus(TwoStageVAE):
             codes = self.autoencoder.represent(x)
         return super().encode(codes)
 
-    def _decoder_output(self, z: Tensor) -> Tensor:
+    def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         codes = super()._decoder_output(z)
         with evaluating(self.autoencoder):
             return self.autoencoder._decoder_output(codes)

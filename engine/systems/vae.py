@@ -11,7 +11,11 @@ counterpart, which an outlier moves less: p(x | z)^β is of all pixels together,
 ones, and for densities it grows without bound with γ → 0. An AE has no posterior: −log p(x | f(x)) alone.
 
 Priors: N(0, I); a Gaussian mixture, fitted by maximum likelihood together with the rest, without the priors on its
-parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers.
+parameters that a DGD has; `HierarchicalPrior`, which makes z the lower of two stochastic layers; `VampPrior`, the mixture
+of the posteriors of learned pseudo-inputs; normalizing flows (`FlowPrior`).
+
+`posterior_flow` puts a flow after the Gaussian (IAF: Kingma et al. 2016), z = f(z₀; h), with log q(z | x) = log q(z₀ | x) −
+log |det ∂z/∂z₀|. Their context h is a further output of the encoder; ours is the mean and log-variance of z₀.
 
 In training `diversity` and `smoothness` add MAE's regularisers, of the divergences between the posteriors of a batch
 (`divergences`), to the loss of every model with posteriors. In evaluation mode they are left out, for what they are depends on
@@ -44,16 +48,11 @@ from ..bounds import Posterior
 from ..data import Data
 from ..divergences import data_parallel, mutual_divergence
 from ..kernels import importance_log_weights
-from ..likelihoods import (
-    Bernoulli,
-    DecodedGaussian,
-    Gaussian,
-    LearnedGaussian,
-    OptimalGaussian,
-    check_unit_interval,
-)
-from ..priors import GaussianMixturePrior, HierarchicalPrior, StandardNormal
+from ..likelihoods import check_unit_interval, likelihood_for
+from ..priors import flow_for, prior_for
 from ..system import Batch, OptimizerConfig, System, check_choices, check_sizes, check_weights
+from ..weight_norm import start_from
+from .architectures import is_decoded, make_decoder, make_encoder
 
 
 def _adam() -> OptimizerConfig:
@@ -74,6 +73,7 @@ class VAEOptim(AEOptim):
     """Optimizer of each child."""
 
     prior: OptimizerConfig = field(default_factory=_adam)
+    flow: OptimizerConfig = field(default_factory=_adam)  # of the posterior
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class AEConfig:
     """Defaults: the networks of Burda et al. 2016 (§5)."""
 
     latent_dim: int = 50
-    network: Literal["mlp", "residual", "conv", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: its A.3, for 32×32
+    network: Literal["mlp", "residual", "conv", "resnet", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3, for 32×32
     affine_skip: bool = False  # adds W z + b to the outputs of the decoder
     hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
     activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of these layers
@@ -104,10 +104,14 @@ class AEConfig:
 class EncoderConfig(AEConfig):
     """What models with a Gaussian encoder share."""
 
-    prior: Literal["normal", "mixture", "hierarchical"] = "normal"
-    components: int = 10  # of the mixture
+    prior: Literal["normal", "mixture", "hierarchical", "vamp", "maf", "iaf", "realnvp"] = "normal"
+    components: int = 10  # of the mixture; pseudo-inputs of the VampPrior
+    pseudo_inputs: Literal["random", "data"] = "random"  # that it starts from: noise, or training rows
     top_dim: int = 50  # of the upper layer of the hierarchical prior; latent_dim is that of the lower one
     top_hidden: tuple[int, ...] = (100, 100)  # layers between the two
+    posterior_flow: Literal["none", "iaf", "realnvp"] = "none"  # after the Gaussian
+    flow_blocks: int = 8  # of a flow, prior or posterior
+    flow_hidden: tuple[int, ...] = (320,)  # layers of each block
     heads: Literal["linear", "relu_sigmoid"] = "linear"  # relu_sigmoid: means ≥ 0, deviations < 1 (DGD paper's baseline)
     samples: int = 1  # of z for a row
     diversity: float = 0.0  # η of MAE, weight of L_diverse
@@ -117,8 +121,15 @@ class EncoderConfig(AEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples)
+        check_sizes(components=self.components, top_dim=self.top_dim, top_hidden=self.top_hidden, samples=self.samples,
+                    flow_blocks=self.flow_blocks, flow_hidden=self.flow_hidden)
         check_weights(diversity=self.diversity, smoothness=self.smoothness)
+        if self.posterior_flow != "none" and (self.diversity or self.smoothness):
+            raise ValueError("diversity and smoothness are those of Gaussian posteriors; set them to 0 with "
+                             f"posterior_flow={self.posterior_flow!r}.")
+        if self.prior == "vamp" and self.posterior_flow != "none":
+            raise ValueError(f"prior='vamp' is a mixture of Gaussian posteriors; with posterior_flow={self.posterior_flow!r} "
+                             "use another prior.")
 
 
 @dataclass(frozen=True)
@@ -145,9 +156,10 @@ class VAEConfig(EncoderConfig):
             raise ValueError("gamma='optimal' is the best variance for an ELBO, not under divergence_beta; use 'learned'.")
         if self.free_bits and self.target_kl:
             raise ValueError("free_bits and target_kl both take the place of the KL divergence: set one of them to 0.")
-        if self.free_bits and self.free_bits_per == "dimension" and self.prior != "normal":
-            raise ValueError(f"The KL divergence to a {self.prior} prior has no part for each dimension: "
-                             "free_bits_per='dimension' needs prior='normal'.")
+        if self.free_bits and self.free_bits_per == "dimension" and (self.prior, self.posterior_flow) != ("normal", "none"):
+            of = "of a posterior with a flow" if self.prior == "normal" else f"to a {self.prior} prior"
+            raise ValueError(f"The KL divergence {of} has no part for each dimension: free_bits_per='dimension' needs "
+                             "prior='normal' and posterior_flow='none'.")
 
 
 class AE(System):
@@ -162,26 +174,23 @@ class AE(System):
     config_type = AEConfig
     config: AEConfig
     outputs = 1  # of the encoder, for each latent dimension
+    autoregressive = False  # whether the decoder sees x
 
     def __init__(self, config: AEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.shape = config, tuple(shape)
-        self.encoder = encoder or _encoder(config, self.shape, self.outputs)
-        self.decoder = decoder or _decoder(config, self.shape)
-        self.likelihood = _likelihood(config)
+        self.encoder = encoder or make_encoder(config, self.shape, self.outputs)
+        self.decoder = decoder or make_decoder(config, self.shape)
+        self.likelihood = likelihood_for(config, self.shape)
 
     @classmethod
     def for_data(cls, config: AEConfig, data: Data) -> "AE":
         """A new system for images like `data`, whose mean its decoder starts from."""
         system = cls(config, data.x.shape[1:])
         system.check(data)
-        mean = data.x.mean(0)
-        if config.likelihood == "bernoulli" or config.mean_activation == "sigmoid":
-            mean = mean.clamp(1e-3, 1 - 1e-3).logit()
-        if _is_decoded(config):
-            mean = torch.cat([mean, torch.full_like(mean, math.log(config.variance))])
-        networks.set_output_bias(system.decoder, mean)
+        start_from(system, data)
+        system._start_output(data.x.mean(0))
         return system
 
     def arguments(self) -> dict[str, Any]:
@@ -227,9 +236,17 @@ class AE(System):
         like = next(self.parameters())
         return torch.randn(n, self.config.latent_dim, generator=generator, dtype=like.dtype, device=like.device)
 
-    def _decoder_output(self, z: Tensor) -> Tensor:
-        """What the likelihood takes: `[..., D]` -> `[..., C, H, W]`."""
+    def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """What the likelihood of `x` `[N, C, H, W]` takes, if only from z: `[..., D]` -> `[..., C, H, W]`."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+
+    def _start_output(self, mean: Tensor) -> None:
+        """Makes `mean` `[C, H, W]` what the last layer of the decoder starts from."""
+        if self.config.likelihood == "bernoulli" or self.config.mean_activation == "sigmoid":
+            mean = mean.clamp(1e-3, 1 - 1e-3).logit()
+        if is_decoded(self.config):
+            mean = torch.cat([mean, torch.full_like(mean, math.log(self.config.variance))])
+        networks.set_output_bias(self.decoder, mean)
 
     def _gamma(self) -> dict[str, Tensor]:
         """The variance of a Gaussian decoder, for the log."""
@@ -242,7 +259,7 @@ class VAE(AE):
 
     `encoder` maps `[N, C, H, W]` to `[N, 2 latent_dim]`, the mean of q(z | x) and its log-variance side by side;
     `decoder` is as in `AE`.
-    Children: `encoder`, `decoder`, `prior`, `likelihood` where its variance is not fixed.
+    Children: `encoder`, `decoder`, `prior`, `likelihood` where its variance is not fixed, `flow` of a posterior that has one.
     The buffer `step`, from which `warmup` is derived, counts the steps of the trainer.
     """
 
@@ -254,15 +271,24 @@ class VAE(AE):
     def __init__(self, config: VAEConfig, shape: Sequence[int], encoder: nn.Module | None = None,
                  decoder: nn.Module | None = None) -> None:
         super().__init__(config, shape, encoder, decoder)
-        self.prior = _prior(config)
+        self.prior = prior_for(config, self.encode, self.shape)
+        self.flow = flow_for(config)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def for_data(cls, config: VAEConfig, data: Data) -> "VAE":
+        """As of `AE`; with pseudo_inputs="data" the VampPrior starts from rows of `data` too."""
+        system = super().for_data(config, data)
+        if config.prior == "vamp" and config.pseudo_inputs == "data":
+            system.prior.start_from(data.x)
+        return system
 
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """Sums over pixels and latents, mean over the batch, in nats."""
         posterior = self.encode(batch.x)
-        z = bounds.reparametrize(posterior, self.config.samples)
-        output = self._decoder_output(z)
-        log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, z)
+        z, log_det = self._transform(bounds.reparametrize(posterior, self.config.samples), posterior)
+        output = self._decoder_output(z, batch.x)
+        log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, z, log_det)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
         return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl,
@@ -277,11 +303,13 @@ class VAE(AE):
         self.step.fill_(step)
 
     def monitor(self, x: Tensor, prior: nn.Module | None = None) -> dict[str, Any]:
-        """The balance of regularisation and reconstruction (`balance.balance`)."""
-        return {f"balance/{name}": value for name, value in balance(self, x, prior=prior).items()} if len(x) > 1 else {}
+        """The balance of regularisation and reconstruction (`balance.balance`), of a Gaussian posterior."""
+        if len(x) < 2 or self.flow is not None:
+            return {}
+        return {f"balance/{name}": value for name, value in balance(self, x, prior=prior).items()}
 
     def encode(self, x: Tensor) -> Posterior:
-        """q(z | x) of each row of `x` `[N, C, H, W]`."""
+        """q(z | x) of each row of `x` `[N, C, H, W]`; with a `posterior_flow` the Gaussian q(z₀ | x) before it."""
         mean, second = self.encoder(x).chunk(2, 1)
         if self.config.heads == "relu_sigmoid":
             return Posterior(mean.relu(), 2 * F.logsigmoid(second))
@@ -289,9 +317,10 @@ class VAE(AE):
 
     @torch.no_grad()
     def represent(self, x: Tensor) -> Tensor:
-        """Posterior means `[N, D]` of `x` `[N, C, H, W]`."""
+        """Posterior means `[N, D]` of `x` `[N, C, H, W]`; with a `posterior_flow` what it maps that of z₀ to."""
         self.check_rows(x)
-        return self.encode(x).mean
+        posterior = self.encode(x)
+        return self._transform(posterior.mean, posterior)[0]
 
     def log_weights(self, posterior: Posterior, x: Tensor, samples: int, generator: Generator | None = None) -> Tensor:
         """log p(x, z_s) − log q(z_s | x) `[S, N]` for `samples` draws z_s ~ q(z | x), in nats.
@@ -301,22 +330,28 @@ class VAE(AE):
         """
         if samples < 1:
             raise ValueError(f"samples must be at least 1, given {samples}.")
-        z = bounds.reparametrize(posterior, samples, generator)
-        log_px_z = self.likelihood.log_prob(self._decoder_output(z), x)
-        return importance_log_weights(z, *posterior, log_px_z, self._log_pz(z, generator))
+        base = bounds.reparametrize(posterior, samples, generator)
+        z, log_det = self._transform(base, posterior)
+        log_px_z = self.likelihood.log_prob(self._decoder_output(z, x), x)
+        return importance_log_weights(base, *posterior, log_px_z, self._log_pz(z, log_det, generator))
 
     def _sample_latent(self, n: int, generator: Generator | None) -> Tensor:
         return self.prior.sample(n, generator)
 
-    def _log_pz(self, z: Tensor, generator: Generator | None = None) -> Tensor | None:
-        """log p(z) `[S, N]`; None for N(0, I), which the kernels know."""
-        if self.config.prior == "normal":
-            return None
-        return self.prior(z, generator=generator) if self.config.prior == "hierarchical" else self.prior(z)
+    def _transform(self, base: Tensor, posterior: Posterior) -> tuple[Tensor, Tensor | None]:
+        """z `[..., N, D]` of z₀, and log |det ∂z/∂z₀| `[..., N]`; without a flow they are the same, and it is None."""
+        return (base, None) if self.flow is None else self.flow(base, torch.cat(posterior, 1))
 
-    def _divergence(self, posterior: Posterior, z: Tensor) -> Tensor:
+    def _log_pz(self, z: Tensor, log_det: Tensor | None = None, generator: Generator | None = None) -> Tensor | None:
+        """Log-density of the prior in z₀, log p(z) + log |det ∂z/∂z₀| `[S, N]`; None for N(0, I), which the kernels know."""
+        if self.config.prior == "normal" and log_det is None:
+            return None
+        log_pz = self.prior(z, generator=generator) if self.config.prior == "hierarchical" else self.prior(z)
+        return log_pz if log_det is None else log_pz + log_det
+
+    def _divergence(self, posterior: Posterior, z: Tensor, log_det: Tensor | None) -> Tensor:
         """The KL divergence of the loss, `[N, D]` or `[N]`."""
-        return self._kl(posterior, self._log_pz(z))
+        return self._kl(posterior, self._log_pz(z, log_det))
 
     def _kl(self, posterior: Posterior, log_pz: Tensor | None) -> Tensor:
         """KL(q(z | x) ‖ p(z)), `[N, D]` where it has a closed form, else an estimate from log p(z) of samples, `[N]`."""
@@ -358,61 +393,3 @@ class VAE(AE):
             return 1.0
         schedule = bounds.linear_warmup if config.warmup == "linear" else bounds.cyclical_warmup
         return schedule(self.step, config.warmup_steps)
-
-
-def _encoder(config: AEConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
-    if config.network in ("mlp", "residual"):
-        return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
-    if config.network == "conv":
-        return networks.conv_encoder(shape, outputs * config.latent_dim, config.capacity)
-    parts = [networks.dgd_cifar_encoder(config.latent_dim, shape, config.capacity, _depth(config)) for _ in range(outputs)]
-    return parts[0] if outputs == 1 else networks.SideBySide(*parts)
-
-
-def _decoder(config: AEConfig, shape: tuple[int, ...]) -> nn.Module:
-    if _is_decoded(config):
-        shape = (2 * shape[0], *shape[1:])
-    if config.network == "mlp":
-        decoder = networks.mlp_decoder(config.latent_dim, shape, config.hidden[::-1], config.activation)
-    elif config.network == "residual":
-        if not config.hidden:
-            raise ValueError("network='residual' takes the width of its decoder from the last of hidden, given ().")
-        decoder = networks.residual_decoder(config.latent_dim, shape, config.hidden[-1])
-    elif config.network == "conv":
-        decoder = networks.conv_decoder(config.latent_dim, shape, config.capacity)
-    else:
-        decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
-    if config.affine_skip:
-        decoder = networks.AffineBridge(decoder, config.latent_dim, math.prod(shape))
-    squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid" and not _is_decoded(config)
-    return nn.Sequential(decoder, nn.Sigmoid()) if squash else decoder
-
-
-def _is_decoded(config: AEConfig) -> bool:
-    """Whether the decoder gives variances too."""
-    return config.likelihood == "gaussian" and config.gamma == "decoded"
-
-
-def _depth(config: AEConfig) -> str:
-    return config.network.partition("-")[2] or "standard"
-
-
-def _likelihood(config: AEConfig) -> Bernoulli | Gaussian | DecodedGaussian | LearnedGaussian | OptimalGaussian:
-    if config.likelihood == "bernoulli":
-        return Bernoulli()
-    if config.gamma == "fixed":
-        return Gaussian(math.sqrt(config.variance))
-    if config.gamma == "decoded":
-        return DecodedGaussian(sigmoid=config.mean_activation == "sigmoid")
-    if config.gamma == "optimal":
-        return OptimalGaussian(config.variance)
-    return LearnedGaussian(config.variance, parameter="log_std" if config.gamma == "learned_std" else "log_var")
-
-
-def _prior(config: EncoderConfig) -> nn.Module:
-    if config.prior == "normal":
-        return StandardNormal(config.latent_dim)
-    if config.prior == "hierarchical":
-        return HierarchicalPrior(config.latent_dim, config.top_dim, config.top_hidden)
-    # As wide as N(0, I) at the start: means within its radius, variances of one.
-    return GaussianMixturePrior(config.components, config.latent_dim, radius=config.latent_dim**0.5, log_precision_mean=0)
