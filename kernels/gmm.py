@@ -11,8 +11,11 @@ a_nk = g_n r_nk for an incoming gradient g of the log-density:
 A gradient h of the responsibilities adds r_nk (h_nk − Σ_j h_nj r_nj) to a_nk. Kernels take the direct form
 Σ_d (δ² / σ²): the expanded one saves nothing in FMAs and cancels. Backward saves log p only and recomputes r.
 
+The M-step of EM needs Σ_n r_nk, Σ_n r_nk δ_nkd and Σ_n r_nk δ²_nkd, which the gradients for g = 1 are made of (Fisher's
+identity): about the present means, so that no moment cancels.
+
 Uses: the prior of the Deep Generative Decoder (Schuster & Krogh 2021, §2.4), VampPrior (Tomczak & Welling 2018, Eq. 9),
-kernel density estimates and aggregate posteriors.
+kernel density estimates, aggregate posteriors and density estimation by EM.
 """
 
 import torch
@@ -119,6 +122,47 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     return log_prob.reshape(lead), (dz.to(means.dtype).reshape(z.shape), dmeans, dlog_vars, dlog_weights)
 
 
+def gmm_moments(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, weights: Tensor | None = None, *,
+                backend: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums of an EM step over `z`, with nothing of size N×K in memory: the E-step and what the M-step takes from it.
+
+    Args:
+        z, means, log_vars, log_weights, backend: as in `gmm_log_prob`.
+        weights: of the points, `[...]`; ones if left out.
+
+    Returns:
+        The log-density `[...]`, and the moments of the components' shares r of the points, about the means given:
+        Σ w r `[K]`, Σ w r (z − means) `[K, D]` and Σ w r (z − means)² `[K, D]`, whatever the shape of `log_vars`. All in the
+        dtype of the log-density, none differentiable. A point so far that its log-density is −inf adds to no moment. Time
+        O(N·K·D), four fifths of that of `gmm_log_prob_and_grad` on CPU; extra memory is of the order of the inputs and of
+        512·K.
+
+    Raises:
+        As `gmm_log_prob`.
+
+    >>> _, counts, first, second = gmm_moments(torch.ones(3, 2), torch.zeros(1, 2), torch.tensor(0.0), torch.zeros(1))
+    >>> counts, first, second
+    (tensor([3.]), tensor([[3., 3.]]), tensor([[3., 3.]]))
+    """
+    op = "gmm_moments"
+    z, means, log_vars, log_weights, _, _ = _arguments(op, z, means, log_vars, log_weights, None, None)
+    lead = z.shape[:-1]
+    if weights is None:
+        weights = means.new_ones(lead)
+    means, weights = checked_floats(op, "means", means=means, weights=weights)
+    check_shape(op, "weights", weights, tuple(lead), "[...] as in z[..., D]")
+
+    name = MOMENTS_OP.choose(z, backend)
+    arguments = weights.reshape(-1), z.reshape(lead.numel(), z.shape[-1]), means, log_vars, log_weights
+    with torch.no_grad():
+        if name == "reference":
+            rows = arguments[1].to(means.dtype)
+            log_prob, *moments = reference.gmm_moments(arguments[0], rows, *arguments[2:])
+        else:
+            log_prob, *moments = MOMENTS(name, *arguments)
+    return log_prob.reshape(lead), *moments
+
+
 def _reference(z, means, *args):
     return reference.gmm_log_prob(z.to(means.dtype), means, *args)
 
@@ -197,6 +241,11 @@ def _fake_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
                                           for t in (z, means, log_vars, log_weights))
 
 
+def _fake_moments(weights, z, means, log_vars, log_weights):
+    K, D = means.shape
+    return means.new_empty(z.shape[0]), means.new_empty(K), means.new_empty(K, D), means.new_empty(K, D)
+
+
 # `responsibilities` false returns None in their place. In gmm_bwd, `coef` is a_nk where the forward pass returned
 # responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
 FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor? labels, "
@@ -206,6 +255,8 @@ BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor 
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
 FWD_BWD = Primitive("gmm", "gmm_fwd_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
                     "Tensor? labels, Tensor? allowed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_fwd_bwd)
+MOMENTS = Primitive("gmm", "gmm_moments", "(Tensor weights, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights) "
+                    "-> (Tensor, Tensor, Tensor, Tensor)", _fake_moments)
 
 # On CPU the half-precision arguments reach the kernels as float32.
 SUPPORT = {
@@ -215,6 +266,7 @@ SUPPORT = {
 }
 OP = register(Op("gmm_log_prob", "gmm_fwd", SUPPORT))
 BOTH = register(Op("gmm_log_prob_and_grad", "gmm_fwd_bwd", SUPPORT))
+MOMENTS_OP = register(Op("gmm_moments", "gmm_moments", SUPPORT))
 
 
 def _save(ctx, inputs, output) -> None:

@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_components(Problem p, Ups
   }
 }
 
+// Without `inv_vars`, Σ a δ and Σ a δ² instead of the gradients of means and log_vars.
 __global__ void merge_components(Moments parts, int64_t splits, const float* inv_vars, int64_t K, int64_t D,
                                  float* grad_means, float* grad_log_vars, float* grad_log_weights) {
   const int64_t columns = D > 0 ? D : 1;
@@ -257,9 +258,9 @@ __global__ void merge_components(Moments parts, int64_t splits, const float* inv
   }
   if (i % columns == 0) grad_log_weights[k] = weight;
   if (D == 0) return;
-  const float inv_var = finite_or_zero(inv_vars[i]);
+  const float inv_var = inv_vars ? finite_or_zero(inv_vars[i]) : 1.f;
   grad_means[i] = inv_var * first;
-  grad_log_vars[i] = 0.5f * (inv_var * second - weight);
+  grad_log_vars[i] = inv_vars ? 0.5f * (inv_var * second - weight) : second;
 }
 
 }  // namespace latent_engine::gmm

@@ -221,7 +221,9 @@ def gmm_bwd(grad: Tensor, z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     with torch.cuda.device_of(z):
         grad_z = _grad_z(call, upstream) if need_z else z.new_empty(0, 0)
         if need_mixture:
-            return grad_z, *_grad_mixture(call, upstream)
+            weight, first, second = _sums(call, upstream)
+            inv_vars = call.inv_vars.nan_to_num(0.0, 0.0, 0.0)
+            return grad_z, inv_vars * first, 0.5 * (inv_vars * second - weight[:, None]), weight
     return grad_z, means.new_empty(0, 0), means.new_empty(0, 0), means.new_empty(0)
 
 
@@ -241,12 +243,21 @@ def _grad_z(call: _Call, upstream: tuple[Tensor | None, ...]) -> Tensor:
     return parts[0] if splits == 1 else parts.sum(0).to(z.dtype)
 
 
-def _grad_mixture(call: _Call, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def gmm_moments(weights, z, means, log_vars, log_weights):
+    """Log-density and moments; the logits are computed twice."""
+    log_prob, _ = gmm_fwd(z, means, log_vars, log_weights, None, None, False)
+    call = _Call(z, means, log_vars, log_weights, None, None)
+    call.options["HAS_COEF"] = False
+    with torch.cuda.device_of(z):
+        return log_prob, *_sums(call, (weights.contiguous(), log_prob, None))
+
+
+def _sums(call: _Call, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ a [K], Σ a δ and Σ a δ² [K, D]."""
     splits, share = _split(call.row_blocks, 1, call.K)
     new = call.inv_vars.new_zeros if call.N == 0 else call.inv_vars.new_empty
     weight, first, second = new(splits, call.K), new(splits, call.K, call.D), new(splits, call.K, call.D)
     if call.N and call.K:
         _backward_components[(call.K, splits)](*call.tensors, *upstream, weight, first, second, *call.sizes, share,
                                                **call.options)
-    weight, inv_vars = weight.sum(0), call.inv_vars.nan_to_num(0.0, 0.0, 0.0)
-    return inv_vars * first.sum(0), 0.5 * (inv_vars * second.sum(0) - weight[:, None]), weight
+    return weight.sum(0), first.sum(0), second.sum(0)
