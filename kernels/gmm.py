@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_indices, check_shape, checked_floats
+from .checks import HALF, check_indices, check_mixture, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm as reference
 
@@ -185,13 +185,8 @@ def _arguments(op, z, means, log_vars, log_weights, labels, allowed):
 
 def _check_mixture(op: str, z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
     """Shapes of the mixture against z[..., D]; returns log_vars as [K, D]."""
-    if z.dim() == 0:
-        raise ValueError(f"{op}: z must have shape [..., D], given a scalar.")
-    if means.dim() != 2 or means.shape[1] != z.shape[-1]:
-        raise ValueError(f"{op}: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
-                         f"given {list(means.shape)}.")
+    check_mixture(op, z, means, log_weights)
     K, D = means.shape
-    check_shape(op, "log_weights", log_weights, (K,), "[K]")
     if log_vars.shape == (K, D):
         return log_vars
     if tuple(log_vars.shape) not in ((K, 1), (1, D), (1, 1), (D,), (1,), ()):
@@ -281,11 +276,7 @@ def _gradients(ctx, bwd, grad, grad_resp):
         return (None,) * 7
     if torch.is_grad_enabled():  # double backward
         return (*reference_gradients(_reference, tensors, needs, (grad, grad_resp)), None, None, None)
-    coef = None
-    if grad_resp is not None:
-        coef = resp * (grad_resp - (grad_resp * resp).sum(1, keepdim=True))
-        if grad is not None:
-            coef += resp * grad[:, None]
+    coef = coefficients(resp, grad, grad_resp)
     if grad is None:
         grad = torch.zeros_like(log_prob)
     need_z, need_means, need_log_vars, need_log_weights = needs
@@ -294,6 +285,16 @@ def _gradients(ctx, bwd, grad, grad_resp):
                                               need_means or need_log_vars or need_log_weights)
     return (dz if need_z else None, dmeans if need_means else None, dlog_vars if need_log_vars else None,
             dlog_weights if need_log_weights else None, None, None, None)
+
+
+def coefficients(resp: Tensor, grad: Tensor | None, grad_resp: Tensor | None) -> Tensor | None:
+    """a_nk for gradients of the log-density, which may be None, and of the responsibilities; None without the latter."""
+    if grad_resp is None:
+        return None
+    coef = resp * (grad_resp - (grad_resp * resp).sum(1, keepdim=True))
+    if grad is not None:
+        coef += resp * grad[:, None]
+    return coef
 
 
 def _vmap(call, info, in_dims, z, means, log_vars, log_weights, labels, allowed, responsibilities):

@@ -23,6 +23,11 @@ def gmm_log_prob(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor
     mask = allowed_mask(labels, allowed, means.shape[0])
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
+    return normalise(logits)
+
+
+def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [N,K] -> their log-sum-exp [N], and each one's share of it [N,K]."""
     # A row whose every term is zero has log-density −inf; 0/0 must reach neither its responsibilities nor its gradients.
     dead = (logits == -torch.inf).all(1)
     log_sum = logits.masked_fill(dead[:, None], 0.0).logsumexp(1)
