@@ -18,6 +18,8 @@ Uses: the prior of the Deep Generative Decoder (Schuster & Krogh 2021, §2.4), V
 kernel density estimates, aggregate posteriors and density estimation by EM.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -122,8 +124,18 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     return log_prob.reshape(lead), (dz.to(means.dtype).reshape(z.shape), dmeans, dlog_vars, dlog_weights)
 
 
+class GmmMoments(NamedTuple):
+    """About the means given, with a = weights · p(k | z): `log_prob` `[...]`, `weight` Σ a `[K]`, `first` Σ a δ `[K, D]` and
+    `second`, of `gmm_moments` Σ a δ² `[K, D]`, of `gmm_full_moments` Σ a δ δᵀ `[K, D, D]`."""
+
+    log_prob: Tensor
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+
+
 def gmm_moments(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, weights: Tensor | None = None, *,
-                backend: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                backend: str | None = None) -> GmmMoments:
     """The sums of an EM step over `z`, with nothing of size N×K in memory: the E-step and what the M-step takes from it.
 
     Args:
@@ -131,18 +143,17 @@ def gmm_moments(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor,
         weights: of the points, `[...]`; ones if left out.
 
     Returns:
-        The log-density `[...]`, and the moments of the components' shares r of the points, about the means given:
-        Σ w r `[K]`, Σ w r (z − means) `[K, D]` and Σ w r (z − means)² `[K, D]`, whatever the shape of `log_vars`. All in the
-        dtype of the log-density, none differentiable. A point so far that its log-density is −inf adds to no moment. Time
-        O(N·K·D), four fifths of that of `gmm_log_prob_and_grad` on CPU; extra memory is of the order of the inputs and of
-        512·K.
+        `GmmMoments(log_prob, weight, first, second)`, about the means given, all in the dtype of the log-density: with
+        a = weights · p(k | z) the sums Σ a `[K]`, Σ a (z − means) `[K, D]` and Σ a (z − means)² `[K, D]`, whatever the shape of
+        `log_vars`. None of it is differentiable. A point so far that its log-density is −inf adds to no sum. Time O(N·K·D),
+        four fifths of that of `gmm_log_prob_and_grad` on CPU; extra memory is of the order of the inputs and of 512·K.
 
     Raises:
         As `gmm_log_prob`.
 
-    >>> _, counts, first, second = gmm_moments(torch.ones(3, 2), torch.zeros(1, 2), torch.tensor(0.0), torch.zeros(1))
-    >>> counts, first, second
-    (tensor([3.]), tensor([[3., 3.]]), tensor([[3., 3.]]))
+    >>> moments = gmm_moments(torch.ones(3, 2), torch.zeros(1, 2), torch.tensor(0.0), torch.zeros(1))
+    >>> moments.weight, moments.second
+    (tensor([3.]), tensor([[3., 3.]]))
     """
     op = "gmm_moments"
     z, means, log_vars, log_weights, _, _ = _arguments(op, z, means, log_vars, log_weights, None, None)
@@ -160,7 +171,7 @@ def gmm_moments(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor,
             log_prob, *moments = reference.gmm_moments(arguments[0], rows, *arguments[2:])
         else:
             log_prob, *moments = MOMENTS(name, *arguments)
-    return log_prob.reshape(lead), *moments
+    return GmmMoments(log_prob.reshape(lead), *moments)
 
 
 def _reference(z, means, *args):

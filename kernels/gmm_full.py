@@ -19,14 +19,12 @@ A gradient h of the responsibilities adds r_nk (h_nk − Σ_j h_nj r_nj) to a_nk
 for which a is zero. Backward saves log p only and recomputes r. Sums over rows run in blocks that are added up in float64.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
 from .checks import HALF, check_mixture, check_shape, checked_floats
-from .gmm import coefficients
+from .gmm import GmmMoments, coefficients
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm_full as reference
 
@@ -75,16 +73,6 @@ def gmm_full_log_prob(z: Tensor, means: Tensor, precision_cholesky: Tensor, log_
     if len(lead) != 1:
         log_prob = log_prob.reshape(lead)
     return (log_prob, resp.reshape(*lead, means.shape[0])) if responsibilities else log_prob
-
-
-class GmmMoments(NamedTuple):
-    """Of `gmm_full_moments`, about the given means: `log_prob` [...], `weight` Σ a [K], `first` Σ a δ [K, D] and `second`
-    Σ a δ δᵀ [K, D, D]."""
-
-    log_prob: Tensor
-    weight: Tensor
-    first: Tensor
-    second: Tensor
 
 
 def gmm_full_moments(z: Tensor, means: Tensor, precision_cholesky: Tensor, log_weights: Tensor,
