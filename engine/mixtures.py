@@ -22,6 +22,7 @@ Trap. The likelihood has no maximum: a component that closes in on one point has
 variance from below, in the units of the data squared; scale representations of a size far from one, or set it.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -194,18 +195,20 @@ def fit_mixture(x: Tensor | Iterable[Tensor], components: int, covariance: Covar
     """
     _check_options(components, covariance, start, starts, max_iter, tol, reg_covar, batch_size)
     batches = _Batches(x, batch_size, device)
-    points = _survey(batches, max(SAMPLE, 256 * components), covariance == "tied", generator)
+    drawn = 0 if isinstance(start, GaussianMixture) else max(SAMPLE, 256 * components)
+    points = _survey(batches, drawn, covariance == "tied", generator)
     if points.count < components:
         raise ValueError(f"fit_mixture: {components} components need at least as many points, given {points.count}.")
+    if isinstance(start, GaussianMixture) and start.means.shape[1] != points.sample.shape[1]:
+        raise ValueError(f"fit_mixture: start has {start.means.shape[1]} dimensions, the points {points.sample.shape[1]}.")
     fits = []
     for _ in range(starts):
-        first = start
-        if not isinstance(first, GaussianMixture):
-            means = kmeans(points.sample, components, generator=generator) if first is None else first
-            first = _around(means.to(points.sample), points.sample, covariance, reg_covar)
-        elif first.means.shape[1] != points.sample.shape[1]:
-            raise ValueError(f"fit_mixture: start has {first.means.shape[1]} dimensions, the points {points.sample.shape[1]}.")
-        fits.append(_iterate(first, batches, points, max_iter, tol, reg_covar))
+        if isinstance(start, GaussianMixture):
+            first = copy.deepcopy(start)
+        else:
+            means = kmeans(points.sample, components, generator=generator) if start is None else start.to(points.sample)
+            first = _around(means, points.sample, covariance, reg_covar)
+        fits.append(_iterate(first.to(points.sample), batches, points, max_iter, tol, reg_covar))
     return max(fits, key=lambda fit: fit.log_likelihood)
 
 
@@ -235,7 +238,7 @@ class _Points:
     """What is known of the points before the first iteration."""
 
     count: int
-    sample: Tensor  # some of them, or all
+    sample: Tensor  # some of them, or all; none if not needed
     mean: Tensor | None  # of all, in float64, for a tied covariance
     covariance: Tensor | None  # over N
 
@@ -251,13 +254,14 @@ def _survey(batches: _Batches, size: int, scatter: bool, generator: Generator | 
         if not bool(rows.sum(dtype=torch.float64).isfinite()):  # NaN and ∞ both show in the sum
             raise ValueError("fit_mixture: points must be finite; leave out those that are not.")
         count += len(rows)
-        own = torch.rand(len(rows), generator=generator, dtype=rows.dtype, device=rows.device)
-        chosen = own.topk(min(size, len(rows))).indices
-        kept, keys = torch.cat([kept, rows[chosen]]), torch.cat([keys, own[chosen]])
-        chosen = keys.topk(min(size, len(keys))).indices
-        kept, keys = kept[chosen], keys[chosen]
         if scatter:
             moments.add(rows)
+        if size:  # the points of the largest of random keys
+            own = torch.rand(len(rows), generator=generator, dtype=rows.dtype, device=rows.device)
+            chosen = own.topk(min(size, len(rows))).indices
+            kept, keys = torch.cat([kept, rows[chosen]]), torch.cat([keys, own[chosen]])
+            chosen = keys.topk(min(size, len(keys))).indices
+            kept, keys = kept[chosen], keys[chosen]
     if not count or not kept.shape[1]:
         raise ValueError("fit_mixture: x has no points, or points of no dimensions.")
     if not scatter:
@@ -289,7 +293,7 @@ def _around(means: Tensor, sample: Tensor, covariance: Covariance, reg_covar: fl
 
 def _iterate(mixture: GaussianMixture, batches: _Batches, points: _Points, max_iter: int, tol: float,
              reg_covar: float) -> MixtureFit:
-    mixture, history = mixture.to(points.sample), []
+    history: list[float] = []
     for _ in range(max_iter):
         value, *moments = _expectation(mixture, batches)
         history.append(value.item() / points.count)
