@@ -207,12 +207,15 @@ class AE(System):
         return self.decode(self.represent(x))
 
     @torch.no_grad()
-    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False) -> Tensor:
+    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False,
+               prior: nn.Module | None = None) -> Tensor:
         """E[x | z] `[n, C, H, W]`, or with `noise` draws from p(x | z), for z from the prior.
 
-        An AE has no prior, and what it decodes z ~ N(0, I) to is not like the data unless by chance.
+        `prior` takes its place, e.g. a mixture fitted to the representations (`mixtures`). An AE has no prior of its own, and
+        what it decodes z ~ N(0, I) to is not like the data unless by chance.
         """
-        output = self._decoder_output(self._sample_latent(n, generator))
+        z = self._sample_latent(n, generator) if prior is None else prior.sample(n, generator)
+        output = self._decoder_output(z)
         return self.likelihood.sample(output, generator) if noise else self.likelihood.mean(output)
 
     def _sample_latent(self, n: int, generator: Generator | None) -> Tensor:
