@@ -10,11 +10,12 @@
 namespace latent_engine {
 namespace {
 
-// The cut of N × K pairs into tasks: into chunks of rows, then, where their partial sums would take more than four times the
-// memory of the inputs, into splits of components, whose parts of dz stay within that too.
-GmmGrid cut(int64_t N, int64_t K, int64_t D, bool sums, bool split_components) {
+// The cut of N × K pairs into tasks: into chunks of rows, as long as their sums take no more than four times the memory of the
+// inputs, then into splits of components, whose parts of dz stay within that too. `size` is that of a component's sums in the
+// type of the inputs, or 0.
+GmmGrid cut(int64_t N, int64_t K, int64_t D, int64_t size, bool split_components) {
   const int64_t tasks = std::clamp<int64_t>(N * K * (D * D + 16) / kTaskWork, 1, kMaxTasks);
-  const int64_t most_chunks = sums ? 4 * (N + K * D) / std::max<int64_t>(K * D, 1) : tasks;
+  const int64_t most_chunks = size ? 4 * (N * D + K * D * D) / std::max<int64_t>(K * size, 1) : tasks;
   const int64_t most_splits = split_components ? std::clamp<int64_t>(4 * (N + K * D) / std::max<int64_t>(N, 1), 1, K + 1) : 1;
   GmmGrid grid;
   grid.rows = std::max<int64_t>(round_up(ceil_div(N, std::clamp<int64_t>(most_chunks, 1, tasks)), 16), 16);
@@ -48,7 +49,7 @@ std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& z, const Tensor&
   const int64_t N = z.size(0), K = means.size(0);
   Arena<T> arena(Scratch::launch, K);
   const Inputs<T> in(arena.take(K), z, means, chol, log_weights);
-  const GmmGrid grid = cut(N, K, means.size(1), false, false);
+  const GmmGrid grid = cut(N, K, means.size(1), 0, false);
   Tensor log_prob = empty(z, {N});
   std::optional<Tensor> resp;
   if (responsibilities) resp = empty(z, {N, K});
@@ -65,9 +66,9 @@ template <class T>
 Gradients backward(const Tensor* grad, const Tensor& z, const Tensor& means, const Tensor& chol, const Tensor& log_weights,
                    const T* log_prob, T* value, const std::optional<Tensor>& coef_, bool need_z, bool need_mixture) {
   const int64_t N = z.size(0), K = means.size(0), D = means.size(1), k = need_mixture ? K : 0, d = need_mixture ? D : 0;
-  const GmmGrid grid = cut(N, K, D, need_mixture, !value);
-  const int64_t rows = need_z ? (grid.splits - 1) * N * D : 0;
-  const int64_t moments = GmmFullMixture<T>{k, D}.moments_size() * k * std::max<int64_t>(grid.chunks, 1) * sizeof(double) / sizeof(T);
+  const int64_t size = need_mixture ? GmmFullMixture<T>{K, D}.moments_size() * sizeof(double) / sizeof(T) : 0;
+  const GmmGrid grid = cut(N, K, D, size, !value);
+  const int64_t rows = need_z ? (grid.splits - 1) * N * D : 0, moments = std::max<int64_t>(grid.chunks, 1) * K * size;
   Arena<T> arena(Scratch::launch, K, rows, moments);
   const Inputs<T> in(arena.take(K), z, means, chol, log_weights);
   const std::optional<Tensor> coef = coef_ ? std::optional<Tensor>(as_contiguous(*coef_)) : std::nullopt;

@@ -28,8 +28,6 @@ from .gmm import GmmMoments, coefficients
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm_full as reference
 
-MAX_DIM = 128  # a factor and a block of rows fit the shared memory of a GPU's multiprocessor
-
 
 def gmm_full_log_prob(z: Tensor, means: Tensor, precision_cholesky: Tensor, log_weights: Tensor, *,
                       responsibilities: bool = False, backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,7 +54,7 @@ def gmm_full_log_prob(z: Tensor, means: Tensor, precision_cholesky: Tensor, log_
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit together.
-        BackendError: the backend asked for cannot serve the call; "triton" and "cuda" serve up to 128 dimensions.
+        BackendError: the backend asked for cannot serve the call; "triton" serves up to 64 dimensions, "cuda" up to 128.
 
     >>> z, means = torch.zeros(3, 2), torch.zeros(1, 2)
     >>> gmm_full_log_prob(z, means, torch.eye(2)[None], torch.zeros(1))
@@ -159,11 +157,12 @@ BWD = Primitive("gmm_full", "gmm_full_bwd", "(Tensor grad, Tensor z, Tensor mean
 MOMENTS = Primitive("gmm_full", "gmm_full_moments", "(Tensor? weights, Tensor z, Tensor means, Tensor precision_cholesky, "
                     "Tensor log_weights) -> (Tensor, Tensor, Tensor, Tensor)", _fake_moments)
 
-# On CPU the half-precision arguments reach the kernels as float32.
+# On CPU the half-precision arguments reach the kernels as float32. On GPU a factor must fit the registers of a block (Triton),
+# or, beside a block of rows, its shared memory.
 SUPPORT = {
     "cpp": Support(("cpu",), (torch.float32, torch.float64, *HALF)),
-    "triton": Support(("cuda",), (torch.float32, *HALF), max_dim=MAX_DIM),
-    "cuda": Support(("cuda",), (torch.float32, *HALF), max_dim=MAX_DIM),
+    "triton": Support(("cuda",), (torch.float32, *HALF), max_dim=64),
+    "cuda": Support(("cuda",), (torch.float32, *HALF), max_dim=128),
 }
 OP = register(Op("gmm_full_log_prob", "gmm_full_fwd", SUPPORT))
 MOMENTS_OP = register(Op("gmm_full_moments", "gmm_full_moments", SUPPORT))

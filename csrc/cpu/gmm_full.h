@@ -5,14 +5,19 @@
 
 namespace latent_engine {
 
+constexpr int64_t kFullTile = 4;  // dimensions of a register tile
+
 template <class T>
 struct GmmFullMixture {
   int64_t K, D;
   const T *means, *chol, *log_weights;  // contiguous; chol is read from the diagonal up
   T* constants;                         // [K]: log-weight plus the logarithm of the normaliser
 
-  // Sums of one component: Σ a, Σ a δ [D], and the upper triangle of Σ a δ δᵀ row by row.
-  int64_t moments_size() const { return 1 + D + D * (D + 1) / 2; }
+  // Sums of one component: Σ a, Σ a δ [D], padded to whole tiles, and the tiles of Σ a δ δᵀ from the diagonal up.
+  int64_t moments_size() const {
+    const int64_t whole = (D + kFullTile - 1) / kFullTile * kFullTile;
+    return 1 + whole + whole * (whole + kFullTile) / 2;
+  }
 };
 
 template <class T>

@@ -2,9 +2,8 @@
 // the entries of the triangular factor are broadcast. A pair costs D (D + 1) / 2 FMAs for δ P, as many for P (δ P)ᵀ and as many
 // for a δ δᵀ; the last two are left out for rows with a = 0.
 
-constexpr int64_t kFullRows = 256;      // rows a block with sums, at most; fewer for large D
-constexpr int64_t kFullCache = 16384;   // rows · D of such a block
-constexpr int kFullTile = 4;            // columns of a register tile
+constexpr int64_t kFullRows = 512;     // rows a block with sums, at most; fewer for large D
+constexpr int64_t kFullCache = 16384;  // rows · D of such a block
 constexpr int kSecondTile = LATENT_VECTOR_BYTES == 64 ? 4 : 2;  // columns of a register tile of Σ a δ δᵀ
 
 template <class T>
@@ -139,13 +138,11 @@ struct GmmFullBlock {
 // Leaves out the rows with a = 0: packs the others in front, or, if these are most, makes δ and y zero.
 template <class T, bool need_z>
 static void gmm_full_select(GmmFullBlock<T>& b, T* coefs, int64_t D) {
-  b.count = 0;
-  for (int64_t i = 0; i < b.n; ++i) {
-    b.index[b.count] = i;
-    b.count += coefs[i] != 0;
-  }
-  b.is_packed = 2 * b.count <= b.n;
-  if (b.count == 0 || b.count == b.n) return;
+  int count = 0;
+  for (int64_t i = 0; i < b.n; ++i) count += coefs[i] != 0;
+  b.count = count, b.is_packed = 2 * count <= b.n;
+  if (count == 0 || count == b.n) return;
+  for (int64_t i = 0, j = 0; j < count; j += coefs[i++] != 0) b.index[j] = i;
   const auto each = [&](T* values) {
     if (b.is_packed) {
       for (int64_t i = 0; i < b.count; ++i) values[i] = values[b.index[i]];
@@ -161,7 +158,30 @@ static void gmm_full_select(GmmFullBlock<T>& b, T* coefs, int64_t D) {
   if (b.is_packed) each(coefs);
 }
 
-// sums[4][kSecondTile] of weighted[4][stride] · delta[kSecondTile][stride] over `padded` rows, in the order of sum_lanes.
+// weighted[kFullTile][stride] = a delta[kFullTile][stride] over `padded` rows, and its sums, in the order of sum_lanes.
+template <class T>
+static inline void gmm_full_weigh(const T* coefs, const T* delta, int64_t stride, int64_t padded, T* weighted, T* totals) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  Vec<T> sums[kFullTile];
+#pragma GCC unroll 4
+  for (int r = 0; r < registers; ++r) {
+    Vec<T> part[kFullTile] = {};
+    for (int64_t n = r * kLanes<T>; n < padded; n += kGroup<T>) {
+      const Vec<T> a = load(coefs + n);
+#pragma GCC unroll 4
+      for (int i = 0; i < kFullTile; ++i) {
+        const Vec<T> w = a * load(delta + i * stride + n);
+        store(weighted + i * stride + n, w);
+        part[i] += w;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kFullTile; ++i) sums[i] = r ? sums[i] + part[i] : part[i];
+  }
+  sum_halves_of<T>(sums, totals);
+}
+
+// totals[kFullTile][kSecondTile] of weighted[kFullTile][stride] · delta[kSecondTile][stride], likewise.
 template <class T>
 static inline void gmm_full_second_tile(const T* weighted, const T* delta, int64_t stride, int64_t padded, T* totals) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
@@ -189,22 +209,17 @@ static inline void gmm_full_second_tile(const T* weighted, const T* delta, int64
 // Adds the block's Σ a, Σ a δ and Σ a δ δᵀ to the moments of one component.
 template <class T>
 static void gmm_full_add_moments(const GmmFullBlock<T>& b, const T* coefs, int64_t D, int64_t padded, double* moments) {
+  constexpr int tile = kFullTile * kSecondTile;
+  const int64_t whole = round_up(D, kFullTile);
+  T totals[std::max<int>(tile, kLanes<T>)];
   moments[0] += gmm_sum(coefs, padded);
-  double *const first = moments + 1, *second = first + D;
+  double *const first = moments + 1, *second = first + whole;
   for (int64_t i0 = 0; i0 < D; i0 += kFullTile) {
-    for (int64_t i = 0; i < kFullTile; ++i)
-      for (int64_t n = 0; n < padded; n += kLanes<T>)
-        store(b.weighted + i * b.stride + n, load(coefs + n) * load(b.delta + (i0 + i) * b.stride + n));
-    const int64_t rows = std::min<int64_t>(kFullTile, D - i0);
-    for (int64_t i = 0; i < rows; ++i) first[i0 + i] += gmm_sum(b.weighted + i * b.stride, padded);
-    double* row[kFullTile];  // at [i][0], the first of which lies below the diagonal
-    for (int64_t i = 0; i < rows; ++i) row[i] = second - (i0 + i), second += D - (i0 + i);
-    for (int64_t j0 = i0; j0 < D; j0 += kSecondTile) {
-      T totals[std::max<int>(kFullTile * kSecondTile, kLanes<T>)];
+    gmm_full_weigh(coefs, b.delta + i0 * b.stride, b.stride, padded, b.weighted, totals);
+    for (int i = 0; i < kFullTile; ++i) first[i0 + i] += totals[i];
+    for (int64_t j0 = i0; j0 < whole; j0 += kSecondTile, second += tile) {
       gmm_full_second_tile(b.weighted, b.delta + j0 * b.stride, b.stride, padded, totals);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = std::max(j0, i0 + i); j < std::min(j0 + kSecondTile, D); ++j)
-          row[i][j] += totals[i * kSecondTile + j - j0];
+      for (int i = 0; i < tile; ++i) second[i] += totals[i];
     }
   }
 }
@@ -345,7 +360,7 @@ static void gmm_full_merge_rows(const GmmFullBackward<T>& p, int64_t first, int6
 
 template <class T>
 static void gmm_full_merge_moments(const GmmFullBackward<T>& p, int64_t begin, int64_t end) {
-  const int64_t K = p.mixture.K, D = p.mixture.D, size = p.mixture.moments_size();
+  const int64_t K = p.mixture.K, D = p.mixture.D, size = p.mixture.moments_size(), whole = round_up(D, kFullTile);
   for (int64_t k = begin; k < end; ++k) {
     double* const total = p.moments + k * size;
     if (p.grid.chunks == 0) std::fill_n(total, size, 0.0);
@@ -353,9 +368,12 @@ static void gmm_full_merge_moments(const GmmFullBackward<T>& p, int64_t begin, i
       for (int64_t i = 0; i < size; ++i) total[i] += p.moments[(chunk * K + k) * size + i];
     p.weight[k] = total[0];
     std::copy_n(total + 1, D, p.first + k * D);
-    const double* upper = total + 1 + D;
-    for (int64_t i = 0; i < D; ++i)
-      for (int64_t j = i; j < D; ++j, ++upper) p.second[(k * D + i) * D + j] = p.second[(k * D + j) * D + i] = *upper;
+    double *const second = p.second + k * D * D, *tile = total + 1 + whole;
+    for (int64_t i0 = 0; i0 < D; i0 += kFullTile)
+      for (int64_t j0 = i0; j0 < whole; j0 += kSecondTile)
+        for (int64_t i = i0; i < i0 + kFullTile; ++i)
+          for (int64_t j = j0; j < j0 + kSecondTile; ++j, ++tile)
+            if (i <= j && j < D) second[i * D + j] = second[j * D + i] = *tile;
   }
 }
 
