@@ -183,7 +183,8 @@ def fit_mixture(x: Tensor | Iterable[Tensor], components: int, covariance: Covar
 
     Returns:
         The fit, with a mixture on that device and in the dtype of the points (half precision: float32). Look at `converged`.
-        The work is done in that dtype, the M-step in float64. A component that loses all its points keeps its place, with a
+        The work is done in that dtype, the M-step in float64; float64 on CUDA is the reference's, which holds N×K×D numbers of
+        a batch. A component that loses all its points keeps its place, with a
         weight of zero.
 
     Time O(N·K·D) an iteration, tied O(N·D·(K + D)), full O(N·K·D²); extra memory O(N·D) for tied, of a batch, else of the order
@@ -223,7 +224,7 @@ class _Batches:
         elif not isinstance(x, Iterable) or isinstance(x, Iterator):
             raise TypeError("fit_mixture: x must be a tensor [N, D] or batches that can be gone through more than once "
                             f"(a list, a DataLoader), given a {type(x).__name__}.")
-        self.given, self.device = x, device
+        self.given, self.device = x, None if device is None else torch.device(device)
 
     def __iter__(self) -> Iterator[Tensor]:
         for rows in self.given:

@@ -206,6 +206,7 @@ def test_end_of_the_iterations_is_reported():
     (points()[:, :2], 4, {"start": begin("diagonal")}, "start has 3 dimensions, the points 2"),
     (points(), 2, {"start": points(2)[:, :2]}, r"means \[K, D\] of D = 3, given \[2, 2\]"),
     (points()[:0], 1, {}, "no points"),
+    ([], 1, {}, "no points"),
     (points()[:, :0], 1, {}, "points of no dimensions"),
     ([points(), points()[:, :2]], 2, {}, "batches must agree in D, given 3 and 2"),
     ([points(), points() * math.nan], 2, {}, "points must be finite"),
