@@ -1,5 +1,5 @@
-// gmm_full_fwd, gmm_full_bwd and gmm_full_moments on CPU tensors: allocation, the cut into tasks, launch. Arguments are checked
-// in kernels/gmm_full.py.
+// gmm_full_fwd, gmm_full_bwd and gmm_full_moments on CPU tensors: allocation, the cut into tasks, launch. Arguments are
+// checked in kernels/gmm_full.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

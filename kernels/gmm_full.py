@@ -15,8 +15,8 @@ log-density they are all that its gradients need:
     ∂z_n = −Σ_k a_nk P_k P_kᵀ δ_nk        ∂μ_k = P_k P_kᵀ m_k        ∂P_k = W_k diag(1 / P_kdd) − upper(S_k P_k)
     ∂log_weights_k = W_k
 
-A gradient h of the responsibilities adds r_nk (h_nk − Σ_j h_nj r_nj) to a_nk. Kernels take the triangles only, and no pair
-for which a is zero. Backward saves log p only and recomputes r. Sums over rows run in blocks that are added up in float64.
+A gradient h of the responsibilities adds r_nk (h_nk − Σ_j h_nj r_nj) to a_nk. Backward saves log p only and recomputes r. Sums
+over rows run in blocks that are added up in float64, and a pair with a = 0 is left out of them.
 """
 
 import torch
@@ -34,7 +34,7 @@ def gmm_full_log_prob(z: Tensor, means: Tensor, precision_cholesky: Tensor, log_
     """Log-density of `z` under a mixture of Gaussians with full covariances, in nats.
 
     Args:
-        z: `[..., D]` points.
+        z: `[..., D]` points. One that is not finite has a log-density that is not, and its gradients may be NaN.
         means: `[K, D]`.
         precision_cholesky: `[K, D, D]`, the upper triangular P with Σ⁻¹ = P Pᵀ of each component, as scikit-learn's
             `precisions_cholesky_`. What lies below the diagonal is not read, and its gradient is zero. The diagonal must be
@@ -87,7 +87,7 @@ def gmm_full_moments(z: Tensor, means: Tensor, precision_cholesky: Tensor, log_w
 
     Returns:
         `GmmMoments(log_prob, weight, first, second)`, all in the dtype of the log-density, summed in float64 over blocks of
-        rows. None of it is differentiable. Extra memory is of the order of the inputs and of 256·K.
+        rows. None of it is differentiable. Extra memory is of the order of the inputs and of 512·K.
 
     Raises:
         As `gmm_full_log_prob`.

@@ -28,7 +28,7 @@ def calls(draw):
     return [z, means, chol, torch.randn(K, generator=g, dtype=dtype)]
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_random_calls(inputs):
     check(inputs, "cpp", scaled=True)

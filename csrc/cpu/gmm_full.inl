@@ -1,6 +1,6 @@
-// See gmm_full.h. Rows lie across lanes, as in gmm.inl: for a block of rows and one component, δ is laid out as [D][rows], and
-// the entries of the triangular factor are broadcast. A pair costs D (D + 1) / 2 FMAs for δ P, as many for P (δ P)ᵀ and as many
-// for a δ δᵀ; the last two are left out for rows with a = 0.
+// See gmm_full.h. Rows lie across lanes, as in gmm.inl: for a block of rows and one component δ is laid out as [D][rows], and
+// the entries of the triangular factor are broadcast. A pair costs D (D + 1) / 2 FMAs for y = δ P, as many for P yᵀ and as
+// many for a δ δᵀ; the last two are left out for rows with a = 0.
 
 constexpr int64_t kFullRows = 512;     // rows a block with sums, at most; fewer for large D
 constexpr int64_t kFullCache = 16384;  // rows · D of such a block
@@ -102,7 +102,8 @@ static void gmm_full_forward(const GmmFullForward<T>& p, int64_t task) {
   const int64_t begin = task * p.grid.rows, end = std::min(p.rows.N, begin + p.grid.rows), whole = round_up(D, kFullTile);
   constexpr int64_t stride = kForwardRows;
   Arena<T> arena(Scratch::task, D * stride, whole * stride, kComponents * stride, stride, stride, stride);
-  T *const zt = arena.take(D * stride), *const delta = arena.take(whole * stride), *const logits = arena.take(kComponents * stride);
+  T *const zt = arena.take(D * stride), *const delta = arena.take(whole * stride);
+  T* const logits = arena.take(kComponents * stride);
   T *const maxima = arena.take(stride), *const sums = arena.take(stride), *const result = arena.take(stride);
   for (int64_t row = begin; row < end; row += stride) {
     const int64_t n = std::min(stride, end - row), padded = round_up(n, kGroup<T>);
@@ -330,12 +331,13 @@ static void gmm_full_backward(const GmmFullBackward<T>& p, int64_t task) {
   const int64_t held = p.value ? K : 1;
   const int64_t fitting = std::min(kFullCache / std::max<int64_t>(D, 1), kHeldLogits / std::max<int64_t>(held, 1));
   const int64_t most = std::min(kFullRows, std::max<int64_t>(fitting / 64 * 64, 64));
-  const int64_t blocks = (end - begin + most - 1) / most, block_rows = round_up((end - begin + blocks - 1) / blocks, kGroup<T>);
+  const int64_t blocks = (end - begin + most - 1) / most;
+  const int64_t block_rows = round_up((end - begin + blocks - 1) / blocks, kGroup<T>);
   // At a stride of a power of two the columns would share a few cache sets.
   const int64_t stride = block_rows + kGroup<T>, dz_size = p.dz ? D * stride : 0;
   const int64_t index_size = stride * sizeof(int64_t) / sizeof(T);
-  Arena<T> arena(Scratch::task, D * stride, dz_size, whole * stride, dz_size, kFullTile * stride, stride, stride, held * stride,
-                 index_size);
+  Arena<T> arena(Scratch::task, D * stride, dz_size, whole * stride, dz_size, kFullTile * stride, stride, stride,
+                 held * stride, index_size);
   GmmFullBlock<T> block{stride};
   block.zt = arena.take(D * stride), block.dzt = arena.take(dz_size), block.delta = arena.take(whole * stride);
   block.white = arena.take(dz_size), block.weighted = arena.take(kFullTile * stride);

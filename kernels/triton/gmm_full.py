@@ -124,7 +124,7 @@ def _moments(z, means, chol, constants, grad, log_prob, coef, weight_out, first_
 
 
 def blocks(D: int) -> dict[str, int]:
-    """The shape of a block of points, 16 or more a side for a matrix product, and warps: up to 64 dimensions nothing spills."""
+    """The shape of a block of points, 16 or more a side for a matrix product, and warps: up to D = 64 nothing spills."""
     block_d = max(16, triton.next_power_of_2(D))
     return {"BLOCK_N": 64 if block_d <= 32 else 32, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 32 else 8}
 
