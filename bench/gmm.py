@@ -74,8 +74,7 @@ def keops(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Te
 
 
 def jax_peer(form: str) -> Callable:
-    """`jax.jit` of the same formulas: forward, or value and gradients."""
-    import jax
+    """The same formulas in JAX."""
     import jax.numpy as jnp
     from jax.scipy.special import logsumexp
 
@@ -88,6 +87,14 @@ def jax_peer(form: str) -> Callable:
         scaled = means * inverse
         constant = log_weights - 0.5 * (means * scaled + log_vars).sum(1) - half
         return logsumexp(constant + z @ scaled.T - 0.5 * jnp.square(z) @ inverse.T, axis=1)
+
+    return jax_builder(log_prob)
+
+
+def jax_builder(log_prob: Callable) -> Callable:
+    """`jax.jit` of a log-density: forward, or value and gradients."""
+    import jax
+    import jax.numpy as jnp
 
     @jax.jit
     def gradients(incoming, *args):

@@ -1,4 +1,4 @@
-// gmm_fwd and gmm_bwd on CPU tensors: allocation, the cut into tasks, launch. Arguments are checked in kernels/gmm.py.
+// The primitives of kernels/gmm.py on CPU tensors: allocation, the cut into tasks, launch. Arguments are checked there.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -84,11 +84,12 @@ std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& z, const Tensor&
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Of z, means, log_vars and log_weights, given the log-density, or computing it into `value`.
+// Of z, means, log_vars and log_weights, given the log-density, or computing it into `value`; if `plain`, Σ a δ and Σ a δ²
+// instead of those of means and log_vars.
 template <class T>
 Gradients backward(const Tensor& grad, const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
                    const T* log_prob, T* value, const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed,
-                   const std::optional<Tensor>& coef_, bool need_z, bool need_mixture) {
+                   const std::optional<Tensor>& coef_, bool need_z, bool need_mixture, bool plain = false) {
   const int64_t N = z.size(0), K = means.size(0), D = means.size(1), k = need_mixture ? K : 0, d = need_mixture ? D : 0;
   const GmmGrid grid = cut(N, K, 5 * D + 16, 512, !value);
   const int64_t packed = Inputs<T>::packed_size(means), rows = need_z ? (grid.splits - 1) * N * D : 0;
@@ -111,7 +112,8 @@ Gradients backward(const Tensor& grad, const Tensor& z, const Tensor& means, con
                          need_mixture ? arena.take(moments) : nullptr,
                          dmeans.mutable_data_ptr<T>(),
                          dlog_vars.mutable_data_ptr<T>(),
-                         dlog_weights.mutable_data_ptr<T>()};
+                         dlog_weights.mutable_data_ptr<T>(),
+                         plain};
   for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.backward(p, task); });
   if (need_z && grid.splits > 1)
     in_parts(N * D, grid.splits, [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_rows(p, first, last); });
@@ -140,23 +142,39 @@ Gradients gmm_bwd(const Tensor& grad, const Tensor& z, const Tensor& means, cons
   return z.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fwd_bwd(const Tensor& grad, const Tensor& z, const Tensor& means,
-                                                               const Tensor& log_vars, const Tensor& log_weights,
-                                                               const std::optional<Tensor>& labels,
-                                                               const std::optional<Tensor>& allowed) {
+// The log-density and `backward` of it, with the logits computed once.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both(const Tensor& grad, const Tensor& z, const Tensor& means,
+                                                        const Tensor& log_vars, const Tensor& log_weights,
+                                                        const std::optional<Tensor>& labels,
+                                                        const std::optional<Tensor>& allowed, bool need_z, bool plain) {
   Tensor value = empty(z, {z.size(0)});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward<T>(grad, z, means, log_vars, log_weights, nullptr, value.mutable_data_ptr<T>(), labels, allowed,
-                       std::nullopt, true, true);
+                       std::nullopt, need_z, true, plain);
   };
   return std::tuple_cat(std::tuple(value), z.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fwd_bwd(const Tensor& grad, const Tensor& z, const Tensor& means,
+                                                               const Tensor& log_vars, const Tensor& log_weights,
+                                                               const std::optional<Tensor>& labels,
+                                                               const std::optional<Tensor>& allowed) {
+  return both(grad, z, means, log_vars, log_weights, labels, allowed, true, false);
+}
+
+Gradients gmm_moments(const Tensor& weights, const Tensor& z, const Tensor& means, const Tensor& log_vars,
+                      const Tensor& log_weights) {
+  const auto [log_prob, dz, first, second, counts] =
+      both(weights, z, means, log_vars, log_weights, std::nullopt, std::nullopt, false, true);
+  return {log_prob, counts, first, second};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
   m.impl("gmm_fwd", TORCH_BOX(&gmm_fwd));
   m.impl("gmm_bwd", TORCH_BOX(&gmm_bwd));
   m.impl("gmm_fwd_bwd", TORCH_BOX(&gmm_fwd_bwd));
+  m.impl("gmm_moments", TORCH_BOX(&gmm_moments));
 }
 
 }  // namespace

@@ -65,6 +65,12 @@ class Sample:
     """Sample from this component of the prior only."""
     label: Annotated[int | None, _default("any")] = None
     """Sample from the components of this class only (labelled models)."""
+    mixture: Annotated[int | None, _default("the model's own prior")] = None
+    """Sample z from a mixture of this many Gaussians, fitted to the representations of the training images (autoencoders)."""
+    covariance: Annotated[Literal["full", "diagonal", "tied", "spherical"] | None, _default("full")] = None
+    """Covariances of the mixture."""
+    data: _TrainedOn = None
+    """Name or path of the data that the model was trained on, for the mixture."""
     noise: bool = False
     """Draw from p(x | z) instead of showing its mean."""
     seed: int = 0

@@ -18,14 +18,18 @@ import tyro
 from torch import Tensor
 
 from . import report, representation
+from .bounds import reparametrize
 from .checkpoint import CheckpointError, read_description, weights_note, write_file
 from .cli import Evaluate, Explore, Represent, Sample, did_you_mean, fail
 from .data import NAMES, SPLITS, Binarization, Data, DataError, load
+from .diagnostics import encode
 from .figures import image_grid, write_png
 from .logs import JsonLines
+from .mixtures import GaussianMixture, fit_mixture
 from .system import System
 from .systems import PRESETS, load_system
 from .systems.dgd import DGD
+from .systems.vae import AE, VAE
 from .trainer import TrainConfig, fit, identity
 
 _Config = TypeVar("_Config")
@@ -154,13 +158,33 @@ def sample(options: Sample) -> int:
     if chosen and not isinstance(system, DGD):
         raise ValueError("--component and --label choose among the components of a DGD's prior; "
                          f"leave them out for a {type(system).__name__}.")
-    images = system.sample(options.n, torch.Generator().manual_seed(options.seed), noise=options.noise, **chosen)
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.mixture is not None:
+        chosen["prior"] = _fitted_prior(system, options, generator)
+    elif options.covariance is not None or options.data is not None:
+        raise ValueError("--covariance and --data are of the mixture that --mixture asks for.")
+    images = system.sample(options.n, generator, noise=options.noise, **chosen)
     if out.suffix == ".png":
         write_png(out, image_grid(images))
     else:
         _write_npz(out, {"x": images})
     print(f"{out}: {options.n} images")
     return 0
+
+
+def _fitted_prior(system: System, options: Sample, generator: torch.Generator) -> GaussianMixture:
+    """A mixture fitted to a representation of each training image: of a model with posteriors to one draw of each."""
+    if not isinstance(system, AE):
+        raise ValueError(f"--mixture is for models with an encoder; a {type(system).__name__} has a prior that was trained.")
+    x = training_data(options.run, options.data).x
+    if isinstance(system, VAE):
+        z = reparametrize(encode(system, x), 1, generator)[0]
+    else:
+        z = torch.cat([system.represent(rows) for rows in x.split(1000)])
+    fit = fit_mixture(z, options.mixture, options.covariance or "full", generator=generator)
+    end = "converged" if fit.converged else "not converged"
+    print(f"Mixture: {fit.log_likelihood:.4g} nats a representation after {fit.iterations} iterations, {end}", file=sys.stderr)
+    return fit.mixture
 
 
 def evaluate(options: Evaluate) -> int:

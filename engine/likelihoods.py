@@ -14,7 +14,7 @@ which moves log γ twice as far a step under Adam. Where the decoder fits all pi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,18 +45,35 @@ def gaussian_log_prob(mean: Tensor, x: Tensor, std: float) -> Tensor:
     return kernels.gaussian_log_prob(x, mean, log_var, event_dims=x.dim() - 1)
 
 
+class Likelihood:
+    """An observation model; subclasses give its `log_prob`, `mean` and `sample`."""
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
+        raise NotImplementedError
+
+    def pairwise(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """log p of rows against each of K decoded candidates, `[N, ...]` -> `[N, K]`; nothing of size N×K×P is written.
+
+        What is of the candidates alone is computed once, for all rows that follow. In general the fused op goes through all
+        pairs; where log p is linear in x but for a term of x alone, a matrix product does.
+        """
+        return lambda x: self.log_prob(outputs.unsqueeze(1), x).T
+
+
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(Likelihood):
     """Independent Bernoulli features; the decoder gives logits. For x in (0, 1) this is the usual cross entropy."""
 
     def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
         """Row by row, `[N, ...]` or `[S, N, ...]` against `[N, ...]` -> `[N]` or `[S, N]`."""
         return bernoulli_log_prob(logits, x)
 
-    def pairwise_log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
-        """Each of N rows of `x` against each of K decoded candidates -> `[N, K]`."""
+    def pairwise(self, logits: Tensor) -> Callable[[Tensor], Tensor]:
+        """As in `Likelihood`, by a matrix product."""
         logits = logits.flatten(1)
-        return torch.addmm(-F.softplus(logits).sum(1), x.flatten(1), logits.T)
+        log_p_zeros = -F.softplus(logits).sum(1)
+        return lambda x: torch.addmm(log_p_zeros, x.flatten(1), logits.T)
 
     def log_power_integral(self, logits: Tensor, power: float, event_dims: int) -> Tensor:
         """log Σ_x p(x)^power over all x of zeros and ones, summed over the last `event_dims` axes of `logits`."""
@@ -75,7 +92,7 @@ class Bernoulli:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Likelihood):
     """Independent Gaussian features of one fixed standard deviation `std`; the decoder gives means."""
 
     std: float
@@ -97,11 +114,18 @@ class Gaussian:
         log_var = mean.new_tensor(2 * math.log(self.std))
         return _gaussian_log_power_integral(log_var, power).expand(mean.shape[mean.dim() - event_dims:]).sum()
 
-    def pairwise_log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
-        """Each of N rows of `x` against each of K decoded candidates -> `[N, K]`."""
-        mean, x = mean.flatten(1), x.flatten(1)
-        squared = torch.cdist(x, mean, compute_mode="use_mm_for_euclid_dist").square()
-        return -0.5 * squared / self.std**2 - x.shape[1] * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
+    def pairwise(self, mean: Tensor) -> Callable[[Tensor], Tensor]:
+        """As in `Likelihood`, by a matrix product: the squares are expanded about the mean of the candidates."""
+        mean = mean.flatten(1)
+        centre = mean.mean(0)
+        scaled = (mean - centre) / self.std
+        of_mean = -0.5 * scaled.square().sum(1) - mean.shape[1] * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
+
+        def log_prob(x: Tensor) -> Tensor:
+            x = (x.flatten(1) - centre) / self.std
+            return torch.addmm(of_mean, x, scaled.T).sub_(0.5 * x.square().sum(1, keepdim=True))
+
+        return log_prob
 
     def mean(self, mean: Tensor) -> Tensor:
         """E[x] is the decoder's output."""
@@ -113,7 +137,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class DecodedGaussian:
+class DecodedGaussian(Likelihood):
     """Independent Gaussian pixels; the decoder gives their means and log-variances, side by side in the channels.
 
     Its output is `[..., 2C, H, W]` for x `[..., C, H, W]` (Kingma & Welling 2014, appendix C.2). `sigmoid` confines the
@@ -148,7 +172,7 @@ class DecodedGaussian:
 
 
 @dataclass(frozen=True)
-class LogisticMixture:
+class LogisticMixture(Likelihood):
     """Pixels of 256 levels in [0, 1] under a discretised mixture of logistics (Salimans et al. 2017).
 
     The decoder gives its parameters, in the order of `kernels.logistic_mixture_log_prob`: `[..., 10 K, H, W]` for x
@@ -199,7 +223,7 @@ def _mean_given(params: Tensor, channel: int, before: list[Tensor]) -> Tensor:
     return mean
 
 
-class _GaussianOfVariance(nn.Module):
+class _GaussianOfVariance(Likelihood, nn.Module):
     """What Gaussians share whose `variance` γ `[]`, or of a shape that broadcasts against a row, is not fixed."""
 
     variance: Tensor

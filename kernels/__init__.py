@@ -7,7 +7,8 @@ derivatives taken with `create_graph=True` and by `torch.func`, which always ask
 """
 
 from .backends import BackendError, backend_matrix, explain, set_backend, use_backend
-from .gmm import gmm_log_prob, gmm_log_prob_and_grad
+from .gmm import gmm_log_prob, gmm_log_prob_and_grad, gmm_moments
+from .gmm_full import gmm_full_log_prob, gmm_full_moments
 from .importance import importance_bound, importance_log_weights, importance_objective
 from .importance_statistics import ImportanceAccumulator, effective_sample_size, importance_weights, pareto_k
 from .likelihood import (
@@ -36,8 +37,11 @@ __all__ = [
     "explain",
     "gaussian_log_prob",
     "gaussian_variance",
+    "gmm_full_log_prob",
+    "gmm_full_moments",
     "gmm_log_prob",
     "gmm_log_prob_and_grad",
+    "gmm_moments",
     "importance_bound",
     "importance_log_weights",
     "importance_objective",

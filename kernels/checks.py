@@ -82,6 +82,16 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], m
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, given {list(tensor.shape)}.")
 
 
+def check_mixture(op: str, z: Tensor, means: Tensor, log_weights: Tensor) -> None:
+    """z[..., D], means[K, D] and log_weights[K] fit together."""
+    if z.dim() == 0:
+        raise ValueError(f"{op}: z must have shape [..., D], given a scalar.")
+    if means.dim() != 2 or means.shape[1] != z.shape[-1]:
+        raise ValueError(f"{op}: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
+                         f"given {list(means.shape)}.")
+    check_shape(op, "log_weights", log_weights, (means.shape[0],), "[K]")
+
+
 def check_indices(op: str, name: str, indices: Tensor, low: int, high: int) -> None:
     """All of `indices` lie in [low, high): an error at once on CPU, an asynchronous device assert on CUDA.
 

@@ -11,15 +11,20 @@ a_nk = g_n r_nk for an incoming gradient g of the log-density:
 A gradient h of the responsibilities adds r_nk (h_nk − Σ_j h_nj r_nj) to a_nk. Kernels take the direct form
 Σ_d (δ² / σ²): the expanded one saves nothing in FMAs and cancels. Backward saves log p only and recomputes r.
 
+The M-step of EM needs Σ_n r_nk, Σ_n r_nk δ_nkd and Σ_n r_nk δ²_nkd, which the gradients for g = 1 are made of (Fisher's
+identity): about the present means, so that no moment cancels.
+
 Uses: the prior of the Deep Generative Decoder (Schuster & Krogh 2021, §2.4), VampPrior (Tomczak & Welling 2018, Eq. 9),
-kernel density estimates and aggregate posteriors.
+kernel density estimates, aggregate posteriors and density estimation by EM.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_indices, check_shape, checked_floats
+from .checks import HALF, check_indices, check_mixture, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import gmm as reference
 
@@ -119,6 +124,56 @@ def gmm_log_prob_and_grad(z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     return log_prob.reshape(lead), (dz.to(means.dtype).reshape(z.shape), dmeans, dlog_vars, dlog_weights)
 
 
+class GmmMoments(NamedTuple):
+    """About the means given, with a = weights · p(k | z): `log_prob` `[...]`, `weight` Σ a `[K]`, `first` Σ a δ `[K, D]` and
+    `second`, of `gmm_moments` Σ a δ² `[K, D]`, of `gmm_full_moments` Σ a δ δᵀ `[K, D, D]`."""
+
+    log_prob: Tensor
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def gmm_moments(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, weights: Tensor | None = None, *,
+                backend: str | None = None) -> GmmMoments:
+    """The sums of an EM step over `z`, with nothing of size N×K in memory: the E-step and what the M-step takes from it.
+
+    Args:
+        z, means, log_vars, log_weights, backend: as in `gmm_log_prob`.
+        weights: of the points, `[...]`; ones if left out.
+
+    Returns:
+        `GmmMoments(log_prob, weight, first, second)`, about the means given, all in the dtype of the log-density: with
+        a = weights · p(k | z) the sums Σ a `[K]`, Σ a (z − means) `[K, D]` and Σ a (z − means)² `[K, D]`, whatever the shape of
+        `log_vars`. None of it is differentiable. A point so far that its log-density is −inf adds to no sum. Time O(N·K·D),
+        four fifths of that of `gmm_log_prob_and_grad` on CPU; extra memory is of the order of the inputs and of 512·K.
+
+    Raises:
+        As `gmm_log_prob`.
+
+    >>> moments = gmm_moments(torch.ones(3, 2), torch.zeros(1, 2), torch.tensor(0.0), torch.zeros(1))
+    >>> moments.weight, moments.second
+    (tensor([3.]), tensor([[3., 3.]]))
+    """
+    op = "gmm_moments"
+    z, means, log_vars, log_weights, _, _ = _arguments(op, z, means, log_vars, log_weights, None, None)
+    lead = z.shape[:-1]
+    if weights is None:
+        weights = means.new_ones(lead)
+    means, weights = checked_floats(op, "means", means=means, weights=weights)
+    check_shape(op, "weights", weights, tuple(lead), "[...] as in z[..., D]")
+
+    name = MOMENTS_OP.choose(z, backend)
+    arguments = weights.reshape(-1), z.reshape(lead.numel(), z.shape[-1]), means, log_vars, log_weights
+    with torch.no_grad():
+        if name == "reference":
+            rows = arguments[1].to(means.dtype)
+            log_prob, *moments = reference.gmm_moments(arguments[0], rows, *arguments[2:])
+        else:
+            log_prob, *moments = MOMENTS(name, *arguments)
+    return GmmMoments(log_prob.reshape(lead), *moments)
+
+
 def _reference(z, means, *args):
     return reference.gmm_log_prob(z.to(means.dtype), means, *args)
 
@@ -141,13 +196,8 @@ def _arguments(op, z, means, log_vars, log_weights, labels, allowed):
 
 def _check_mixture(op: str, z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor) -> Tensor:
     """Shapes of the mixture against z[..., D]; returns log_vars as [K, D]."""
-    if z.dim() == 0:
-        raise ValueError(f"{op}: z must have shape [..., D], given a scalar.")
-    if means.dim() != 2 or means.shape[1] != z.shape[-1]:
-        raise ValueError(f"{op}: means must have shape [K, D] with D = {z.shape[-1]} as in z{list(z.shape)}, "
-                         f"given {list(means.shape)}.")
+    check_mixture(op, z, means, log_weights)
     K, D = means.shape
-    check_shape(op, "log_weights", log_weights, (K,), "[K]")
     if log_vars.shape == (K, D):
         return log_vars
     if tuple(log_vars.shape) not in ((K, 1), (1, D), (1, 1), (D,), (1,), ()):
@@ -197,6 +247,11 @@ def _fake_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
                                           for t in (z, means, log_vars, log_weights))
 
 
+def _fake_moments(weights, z, means, log_vars, log_weights):
+    K, D = means.shape
+    return means.new_empty(z.shape[0]), means.new_empty(K), means.new_empty(K, D), means.new_empty(K, D)
+
+
 # `responsibilities` false returns None in their place. In gmm_bwd, `coef` is a_nk where the forward pass returned
 # responsibilities; otherwise it is recomputed from grad and log_prob. Gradients not needed come back empty.
 FWD = Primitive("gmm", "gmm_fwd", "(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor? labels, "
@@ -206,6 +261,8 @@ BWD = Primitive("gmm", "gmm_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor 
                 "-> (Tensor, Tensor, Tensor, Tensor)", _fake_bwd)
 FWD_BWD = Primitive("gmm", "gmm_fwd_bwd", "(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, "
                     "Tensor? labels, Tensor? allowed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_fwd_bwd)
+MOMENTS = Primitive("gmm", "gmm_moments", "(Tensor weights, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights) "
+                    "-> (Tensor, Tensor, Tensor, Tensor)", _fake_moments)
 
 # On CPU the half-precision arguments reach the kernels as float32.
 SUPPORT = {
@@ -215,6 +272,7 @@ SUPPORT = {
 }
 OP = register(Op("gmm_log_prob", "gmm_fwd", SUPPORT))
 BOTH = register(Op("gmm_log_prob_and_grad", "gmm_fwd_bwd", SUPPORT))
+MOMENTS_OP = register(Op("gmm_moments", "gmm_moments", SUPPORT))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -229,11 +287,7 @@ def _gradients(ctx, bwd, grad, grad_resp):
         return (None,) * 7
     if torch.is_grad_enabled():  # double backward
         return (*reference_gradients(_reference, tensors, needs, (grad, grad_resp)), None, None, None)
-    coef = None
-    if grad_resp is not None:
-        coef = resp * (grad_resp - (grad_resp * resp).sum(1, keepdim=True))
-        if grad is not None:
-            coef += resp * grad[:, None]
+    coef = coefficients(resp, grad, grad_resp)
     if grad is None:
         grad = torch.zeros_like(log_prob)
     need_z, need_means, need_log_vars, need_log_weights = needs
@@ -242,6 +296,16 @@ def _gradients(ctx, bwd, grad, grad_resp):
                                               need_means or need_log_vars or need_log_weights)
     return (dz if need_z else None, dmeans if need_means else None, dlog_vars if need_log_vars else None,
             dlog_weights if need_log_weights else None, None, None, None)
+
+
+def coefficients(resp: Tensor, grad: Tensor | None, grad_resp: Tensor | None) -> Tensor | None:
+    """a_nk for gradients of the log-density, which may be None, and of the responsibilities; None without the latter."""
+    if grad_resp is None:
+        return None
+    coef = resp * (grad_resp - (grad_resp * resp).sum(1, keepdim=True))
+    if grad is not None:
+        coef += resp * grad[:, None]
+    return coef
 
 
 def _vmap(call, info, in_dims, z, means, log_vars, log_weights, labels, allowed, responsibilities):

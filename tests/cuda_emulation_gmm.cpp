@@ -32,5 +32,12 @@ extern "C" void emulate_backward(const Call* call, const float* grad, const floa
   const gmm::Problem p = call->problem(workspace);
   const gmm::Upstream up{grad, log_prob, coef};
   gmm::backward_z(p, up, grad_z, workspace, 0);
-  gmm::backward_mixture(p, up, grad_means, grad_log_vars, grad_log_weights, workspace, 0);
+  gmm::backward_mixture(p, up, grad_means, grad_log_vars, grad_log_weights, false, workspace, 0);
+}
+
+extern "C" void emulate_moments(const Call* call, const float* weights, const float* log_prob, float* counts, float* first,
+                                float* second) {
+  Workspace workspace;
+  const gmm::Problem p = call->problem(workspace);
+  gmm::backward_mixture(p, gmm::Upstream{weights, log_prob, nullptr}, first, second, counts, true, workspace, 0);
 }

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latent_engine.bench import divergences, gmm, training_steps
+from latent_engine.bench import divergences, em, gmm, training_steps
 from latent_engine.bench.__main__ import main
 from latent_engine.bench.report import ratio, seconds
 from latent_engine.bench.suite import OURS, run_case
@@ -66,6 +66,18 @@ def test_divergences_measure_the_share_of_the_regularisers(tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         divergences.main(["nothing"])
     assert "unknown network 'nothing'; they are mlp," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "tied", "spherical"])
+def test_peers_of_an_em_iteration_find_the_same_mixture(kind, monkeypatch):
+    for name, size in {"N": 700, "K": 5, "D": 4}.items():
+        monkeypatch.setattr(em, name, size)
+    x, start = em.problem(kind)
+    means, covariances = em.gemm(x.double(), start)()
+    for peer in (em.ours, em.gemm, em.scikit_learn):
+        found = peer(x, start)()
+        torch.testing.assert_close(found[0].double(), means, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1].double(), covariances, rtol=1e-4, atol=1e-4)
 
 
 def test_bound_is_the_slowest_resource():

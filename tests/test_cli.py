@@ -125,6 +125,30 @@ def test_samples_depend_on_seed_and_component_only(run, tmp_path):
     assert not np.array_equal(sample("--component", "0"), sample("--component", "1"))
 
 
+@pytest.mark.parametrize("preset", ["ae", "vae"])
+def test_samples_of_a_mixture_fitted_to_the_representations(data, tmp_path, capsys, preset):
+    run, out = tmp_path / "run", tmp_path / "x.npz"
+    assert main(["train", preset, "--data", str(data), "--run", str(run), "--latent-dim", "3", "--batch-size", "20",
+                 "--epochs", "40"]) == 0
+    train = torch.tensor(np.load(data)["x_train"]).round().flatten(1)
+
+    def distance(*flags):
+        assert main(["sample", str(run), "--n", "50", "--out", str(out), *flags]) == 0
+        return torch.cdist(torch.tensor(np.load(out)["x"]).flatten(1).double(), train).min(1).values.mean().item()
+
+    near, normal = distance("--mixture", "2", "--data", str(data), "--covariance", "diagonal"), distance()
+    assert near < (0.9 if preset == "ae" else 1.1) * normal
+    assert "nats a representation after" in capsys.readouterr().err
+    first = distance("--mixture", "2", "--data", str(data), "--seed", "3")
+    assert first == distance("--mixture", "2", "--data", str(data), "--seed", "3", "--covariance", "full")
+    assert "components must be at least 1, given 0" in failure(capsys, "sample", run, "--mixture", 0, "--data", data)
+    assert "of the mixture that --mixture asks for" in failure(capsys, "sample", run, "--covariance", "full")
+
+
+def test_a_dgd_has_a_prior_of_its_own(run, data, capsys):
+    assert "--mixture is for models with an encoder" in failure(capsys, "sample", run, "--mixture", 2, "--data", data)
+
+
 def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text("components = 30\nbinarize = 'dynamic'\nlog_precision_mean = -1.5\nepochs = 7\n"

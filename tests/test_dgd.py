@@ -149,6 +149,33 @@ def test_map_inference_finds_the_maximum_of_each_row_and_never_loses_ground():
     assert torch.equal(wild, start)
 
 
+@pytest.mark.parametrize("labelled", [False, True], ids=["no-labels", "labels"])
+@pytest.mark.parametrize("config", [{"components": 6, "classes": 3}, {"likelihood": "gaussian"}, {"prior": "normal"},
+                                    {"latent_transform": "tanh"}], ids=["classes", "gaussian", "normal", "tanh"])
+def test_inference_starts_at_the_best_candidate_of_a_plain_loop(config, labelled):
+    """Component means, where g is the identity, and every third training representation; some labels unknown."""
+    system, batch = tiny(rows=30, **config)
+    system.decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Unflatten(1, (1, 4, 4))).double()
+    torch.nn.init.normal_(system.decoder[0].weight, std=3.0)
+    x = system.decode(system.latents.z).detach()
+    labels = torch.where(batch.y == 1, -1, batch.y) if labelled else None
+    use_means = config.get("latent_transform") is None
+    starts = torch.cat([system.prior.means.detach() if use_means else system.latents.z[:0], system.latents.z[::3]])
+    best, highest = torch.zeros(30, 2, dtype=torch.float64), torch.full((30,), -torch.inf, dtype=torch.float64)
+    for z in starts:
+        value = system.log_joint(x, z.expand(30, -1), labels).detach()
+        best[value > highest], highest = z, torch.maximum(highest, value)
+    found = system.represent(x, labels, candidates=10, steps=0, batch_size=7)
+    assert torch.equal(found, best) and len(best.unique(dim=0)) > 3
+
+
+def test_labels_of_no_class_are_refused():
+    system, batch = tiny(components=6, classes=3)
+    for label in (3, -2):
+        with pytest.raises(ValueError, match=rf"Labels must lie in \[−1, 3\), given from {label} to {label}"):
+            system.represent(batch.x, torch.full((12,), label))
+
+
 def test_representations_are_the_same_under_no_grad():
     system, batch = tiny()
     expected = system.represent(batch.x)

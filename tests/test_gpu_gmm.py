@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from latent_engine.kernels.reference.gmm import gmm_log_prob
+from latent_engine.kernels.reference.gmm import gmm_log_prob, gmm_moments
 
 from emulation import compile_emulation
 
@@ -47,6 +47,16 @@ class Emulation:
         self.library.emulate_backward(ctypes.byref(call), *void(grad, log_prob, coef, *grads))
         return log_prob, r, *grads
 
+    def moments(self, weights, z, means, log_vars, log_weights, wave):
+        log_prob, _ = self.run(z, means, log_vars, log_weights, None, None, None, None, wave, False)
+        (N, D), K = z.shape, means.shape[0]
+        call = Arguments(*(t.data_ptr() for t in (z, means, log_vars, log_weights)), None, None, N, K, D, *z.stride(),
+                         *log_vars.stride(), TYPES[z.dtype], wave, False)
+        sums = [torch.full(shape, torch.nan) for shape in ((K,), (K, D), (K, D))]
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (weights, log_prob, *sums)]
+        self.library.emulate_moments(ctypes.byref(call), *pointers)
+        return log_prob, *sums
+
 
 class Interpreter:
     """The Triton kernels in Triton's interpreter."""
@@ -61,6 +71,13 @@ class Interpreter:
                 return log_prob, r
             return log_prob, r, *gmm.gmm_bwd(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef,
                                              True, True)
+
+    def moments(self, weights, z, means, log_vars, log_weights, wave):
+        from latent_engine.kernels.triton import gmm
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gmm, "WAVE", wave)
+            return gmm.gmm_moments(weights, z, means, log_vars, log_weights)
 
 
 @pytest.fixture(scope="module", params=["cuda", "triton"])
@@ -120,6 +137,16 @@ def test_values_and_gradients(kernels, shape, wave):
     z, means, log_vars, log_weights, grad = mixture(*shape)
     got = run(kernels, z, means, log_vars, log_weights, grad=grad, wave=wave)
     assert_within_budget(got, z, means, log_vars, log_weights, grad=grad)
+
+
+@pytest.mark.parametrize("wave", [1, 264], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", [(131, 5, 2), (130, 10, 40), (67, 65, 13), (17, 66, 150)], ids=str)
+def test_moments(kernels, shape, wave):
+    z, means, log_vars, log_weights, weights = mixture(*shape)
+    inputs = weights, z, means, log_vars, log_weights
+    exact, direct = gmm_moments(*(t.double() for t in inputs)), gmm_moments(*inputs)
+    for g, e, d in zip(kernels.moments(*inputs, wave), exact, direct, strict=True):
+        assert (g - e).abs().max() <= 2 * (d - e).abs().max() + 4 * EPS * e.abs().max()
 
 
 @pytest.mark.parametrize("labels", [False, True], ids=["no-labels", "labels"])

@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy import stats
 
-from latent_engine.likelihoods import Bernoulli, Gaussian, bernoulli_log_prob, gaussian_log_prob
+from latent_engine.likelihoods import (
+    Bernoulli,
+    DecodedGaussian,
+    Gaussian,
+    LearnedGaussian,
+    OptimalGaussian,
+    bernoulli_log_prob,
+    gaussian_log_prob,
+)
 
 SHAPE = (4, 1, 3, 5)
 
@@ -37,11 +45,20 @@ def test_gaussian_sums_over_the_features_of_a_row(rng):
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(0.3)], ids=["bernoulli", "gaussian"])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(0.3), DecodedGaussian(), LearnedGaussian(0.5, (3, 1)).double(),
+                                        OptimalGaussian(0.5).double().eval()], ids=lambda value: type(value).__name__)
 def test_pairwise_is_every_row_against_every_candidate(likelihood, rng):
-    x, outputs = torch.from_numpy(rng.random(SHAPE)), torch.from_numpy(rng.normal(size=(7, *SHAPE[1:])))
-    expected = torch.stack([likelihood.log_prob(o.expand(SHAPE), x) for o in outputs], 1)
-    torch.testing.assert_close(likelihood.pairwise_log_prob(outputs, x), expected)
+    channels = 2 if isinstance(likelihood, DecodedGaussian) else 1
+    x, outputs = torch.from_numpy(rng.random(SHAPE)), torch.from_numpy(rng.normal(size=(7, channels, *SHAPE[2:])))
+    expected = torch.stack([likelihood.log_prob(o.expand(4, *o.shape), x) for o in outputs], 1)
+    torch.testing.assert_close(likelihood.pairwise(outputs)(x), expected)
+
+
+def test_pairwise_of_pixels_far_from_zero_keeps_its_digits(rng):
+    """Squares of 10⁶ would be off by 0.1 in single precision, and 10⁴ times that over the variance."""
+    x, outputs = (torch.from_numpy(1e3 + rng.random((n, 1, 3, 5))) for n in (4, 7))
+    expected = Gaussian(0.01).pairwise(outputs)(x)
+    torch.testing.assert_close(Gaussian(0.01).pairwise(outputs.float())(x.float()).double(), expected, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(0.3)], ids=["bernoulli", "gaussian"])

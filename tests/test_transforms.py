@@ -5,6 +5,7 @@ import torch
 
 from latent_engine.kernels import (
     bernoulli_log_prob,
+    gmm_full_log_prob,
     gmm_log_prob,
     importance_bound,
     importance_objective,
@@ -19,8 +20,10 @@ from latent_engine.kernels import (
 
 T = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ONE = T.new_ones(6, 1)
+FACTORS = T[:4, :, None] * T[:4, None] + 4 * torch.eye(3)
 OPS = {
     "gmm": lambda x, b: gmm_log_prob(x, T[:4], T[:4], T[:4, 0], backend=b),
+    "gmm_full": lambda x, b: gmm_full_log_prob(x, T[:4], FACTORS, T[:4, 0], backend=b),
     "pairwise_kl": lambda x, b: torch.hstack((*pairwise_kl(x, T, backend=b),)),
     "pairwise_kl_diversity": lambda x, b: pairwise_kl_diversity(x, T, backend=b),
     "mmd": lambda x, b: mmd2(x, T, backend=b),

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.decomposition import PCA
 from torch import nn
 
-from latent_engine import AE, VAE, AEConfig, Batch, Data, TrainConfig, VAEConfig, fit, load_data
+from latent_engine import AE, VAE, AEConfig, Batch, Data, TrainConfig, VAEConfig, fit, fit_mixture, load_data
 from latent_engine.balance import balance
 from latent_engine.bounds import Posterior, reparametrize
 from latent_engine.diagnostics import encode
@@ -469,6 +469,17 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
 def test_a_latent_dimension_that_does_not_fit_the_capacity_is_refused():
     with pytest.raises(ValueError, match=r"capacity 32 the standard network .* latent_dim=128, given 50"):
         VAE(VAEConfig(network="dgd"), (3, 32, 32))
+
+
+@pytest.mark.parametrize(("kind", "config"), [(AE, AEConfig), (VAE, VAEConfig)])
+def test_samples_of_another_prior_are_decodes_of_its_points(kind, config):
+    system, batch = tiny(kind, config, rows=30)
+    mixture = fit_mixture(system.represent(batch.x), 2).mixture
+    z = mixture.sample(5, torch.Generator().manual_seed(0))
+    expected = system.decode(z).detach()
+    torch.testing.assert_close(system.sample(5, torch.Generator().manual_seed(0), prior=mixture), expected)
+    noisy = system.sample(5, torch.Generator().manual_seed(0), noise=True, prior=mixture)
+    assert set(noisy.unique().tolist()) == {0.0, 1.0}
 
 
 def test_log_weights_of_no_samples_are_refused():

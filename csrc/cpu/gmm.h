@@ -60,6 +60,7 @@ struct GmmBackward {
   T* dz_parts;        // [splits − 1, N, D], those of the later splits
   T* moments;         // [chunks, tiles, kGmmTile · (2D + 1)], null if not needed
   T *dmeans, *dlog_vars, *dlog_weights;
+  bool plain;  // Σ a δ and Σ a δ² go to dmeans and dlog_vars instead of the gradients
 };
 
 template <class T>

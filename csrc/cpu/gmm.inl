@@ -373,8 +373,8 @@ static void gmm_merge_mixture(const GmmBackward<T>& p, int64_t first, int64_t la
       const T weight = total[2 * D * kGmmTile + t];
       for (int64_t d = 0; d < D; ++d) {
         const T inverse = inverses[d * kGmmTile + t], *const sums = total + d * 2 * kGmmTile + t;
-        p.dmeans[k * D + d] = inverse * sums[0];
-        p.dlog_vars[k * D + d] = T(0.5) * (inverse * sums[kGmmTile] - weight);
+        p.dmeans[k * D + d] = p.plain ? sums[0] : inverse * sums[0];
+        p.dlog_vars[k * D + d] = p.plain ? sums[kGmmTile] : T(0.5) * (inverse * sums[kGmmTile] - weight);
       }
       p.dlog_weights[k] = weight;
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gmm.h"
+#include "gmm_full.h"
 #include "importance.h"
 #include "isa.h"
 #include "likelihood.h"
@@ -25,6 +26,7 @@ template <class T>
 struct Kernels {
   MathKernels<T> math;
   GmmKernels<T> gmm;
+  GmmFullKernels<T> gmm_full;
   PairwiseKlKernels<T> pairwise_kl;
   MmdKernels<T> mmd;
   NormalMmdKernels<T> mmd_normal;

@@ -2,6 +2,7 @@
 #include "simd.inl"
 #include "special.inl"
 #include "gmm.inl"
+#include "gmm_full.inl"
 #include "importance_reduce.inl"
 #include "importance.inl"
 #include "likelihood_families.inl"
@@ -21,6 +22,7 @@ template <class T>
 static constexpr Kernels<T> level_kernels() {
   return {{apply<T, exp<T>>, apply<T, log<T>>},
           gmm_kernels<T>(),
+          gmm_full_kernels<T>(),
           pairwise_kl_kernels<T>(),
           mmd_kernels<T>(),
           mmd_normal_kernels<T>(),

@@ -1,4 +1,4 @@
-// gmm_fwd and gmm_bwd for the CUDA dispatch key; schemas and the meaning of the arguments are in kernels/gmm.py.
+// The primitives of kernels/gmm.py for the CUDA dispatch key; schemas and the meaning of the arguments are there.
 #include <optional>
 #include <tuple>
 
@@ -11,7 +11,7 @@
 namespace latent_engine {
 namespace {
 
-// The arguments that both primitives share, and the tensors that must live until every kernel is in the stream: what is
+// The arguments that the primitives share, and the tensors that must live until every kernel is in the stream: what is
 // freed after that goes only to later work in the stream.
 class Call {
  public:
@@ -59,10 +59,12 @@ std::tuple<Tensor, std::optional<Tensor>> gmm_fwd(Tensor z, Tensor means, Tensor
   return {log_prob, resp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(Tensor grad, Tensor z, Tensor means, Tensor log_vars,
-                                                   Tensor log_weights, Tensor log_prob, std::optional<Tensor> labels,
-                                                   std::optional<Tensor> allowed, std::optional<Tensor> coef,
-                                                   bool need_z, bool need_mixture) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// If `plain`, Σ a δ and Σ a δ² instead of the gradients of means and log_vars.
+Gradients backward(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor log_prob,
+                   std::optional<Tensor> labels, std::optional<Tensor> allowed, std::optional<Tensor> coef, bool need_z,
+                   bool need_mixture, bool plain) {
   Call call(z, means, log_vars, log_weights, labels, allowed);
   const gmm::Problem& p = call.problem;
   const gmm::Upstream up{floats("gmm_log_prob", call.keep(grad)), floats("gmm_log_prob", call.keep(log_prob)),
@@ -73,12 +75,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gmm_bwd(Tensor grad, Tensor z, Tensor
   Tensor grad_log_weights = empty(means, {K});
   if (need_z) gmm::backward_z(p, up, grad_z.mutable_data_ptr(), call, call.stream);
   if (need_mixture && p.N > 0) {
-    gmm::backward_mixture(p, up, output(grad_means), output(grad_log_vars), output(grad_log_weights), call,
+    gmm::backward_mixture(p, up, output(grad_means), output(grad_log_vars), output(grad_log_weights), plain, call,
                           call.stream);
   } else {
     for (Tensor* t : {&grad_means, &grad_log_vars, &grad_log_weights}) torch::stable::zero_(*t);
   }
   return {grad_z, grad_means, grad_log_vars, grad_log_weights};
+}
+
+Gradients gmm_bwd(Tensor grad, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights, Tensor log_prob,
+                  std::optional<Tensor> labels, std::optional<Tensor> allowed, std::optional<Tensor> coef, bool need_z,
+                  bool need_mixture) {
+  return backward(grad, z, means, log_vars, log_weights, log_prob, labels, allowed, coef, need_z, need_mixture, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fwd_bwd(Tensor grad, Tensor z, Tensor means, Tensor log_vars,
@@ -89,6 +97,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fwd_bwd(Tensor grad, Tens
                                                       std::nullopt, true, true));
 }
 
+Gradients gmm_moments(Tensor weights, Tensor z, Tensor means, Tensor log_vars, Tensor log_weights) {
+  const Tensor log_prob = std::get<0>(gmm_fwd(z, means, log_vars, log_weights, std::nullopt, std::nullopt, false));
+  const auto [grad_z, first, second, counts] = backward(weights, z, means, log_vars, log_weights, log_prob, std::nullopt,
+                                                        std::nullopt, std::nullopt, false, true, true);
+  return {log_prob, counts, first, second};
+}
+
 }  // namespace
 }  // namespace latent_engine
 
@@ -96,4 +111,5 @@ STABLE_TORCH_LIBRARY_IMPL(latent_engine, CUDA, m) {
   m.impl("gmm_fwd", TORCH_BOX(&latent_engine::gmm_fwd));
   m.impl("gmm_bwd", TORCH_BOX(&latent_engine::gmm_bwd));
   m.impl("gmm_fwd_bwd", TORCH_BOX(&latent_engine::gmm_fwd_bwd));
+  m.impl("gmm_moments", TORCH_BOX(&latent_engine::gmm_moments));
 }

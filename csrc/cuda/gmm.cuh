@@ -75,10 +75,11 @@ void backward_z(const Problem& p, const Upstream& up, void* grad_z, Workspace& w
   });
 }
 
-// grad_means [K, D], grad_log_vars [K, D], grad_log_weights [K]. With no rows nothing is written: pass zeros.
+// grad_means [K, D], grad_log_vars [K, D], grad_log_weights [K]; if `plain`, Σ a δ and Σ a δ² instead of the first two. With no
+// rows nothing is written: pass zeros.
 template <class Workspace>
 void backward_mixture(const Problem& p, const Upstream& up, float* grad_means, float* grad_log_vars,
-                      float* grad_log_weights, Workspace& workspace, cudaStream_t stream) {
+                      float* grad_log_weights, bool plain, Workspace& workspace, cudaStream_t stream) {
   if (p.N * p.K == 0) return;
   with_tile(p.K, p.D, [&](auto use) {
     using T = typename decltype(use)::Tile;
@@ -89,7 +90,7 @@ void backward_mixture(const Problem& p, const Upstream& up, float* grad_means, f
     launch(backward_components<T>, grid(component_tiles, split.count, chunks), T::COMPONENTS_FLOATS, stream, p, up,
            split.tiles_each, parts);
     launch(merge_components, grid(tiles_of(p.K * (p.D > 0 ? p.D : 1), THREADS)), 0, stream, parts, split.count,
-           p.inv_vars, p.K, p.D, grad_means, grad_log_vars, grad_log_weights);
+           plain ? nullptr : p.inv_vars, p.K, p.D, grad_means, grad_log_vars, grad_log_weights);
   });
 }
 

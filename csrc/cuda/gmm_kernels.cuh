@@ -24,18 +24,6 @@ __global__ void prepare(const float* log_vars, int64_t stride_k, int64_t stride_
     constants[k] = static_cast<float>(log_weights[k] - 0.5 * (sum + static_cast<double>(D) * 1.8378770664093454836));
 }
 
-// A running log-sum-exp. It starts at a finite maximum, so that −inf needs no case of its own; NaN lives in the sum.
-struct LogSum {
-  float max = -FLT_MAX, sum = 0.f;
-
-  __device__ void merge(float other_max, float other_sum) {
-    const float top = fmaxf(max, other_max);
-    sum = sum * fast_exp(max - top) + other_sum * fast_exp(other_max - top);
-    max = top;
-  }
-  __device__ float value() const { return max + logf(sum); }
-};
-
 // Blocks: row tiles × splits of the components. Writes the logits if asked to, and the log-density or its parts
 // [splits, N].
 template <class T>
@@ -76,22 +64,6 @@ __global__ void __launch_bounds__(THREADS) forward_tiles(Problem p, int64_t tile
     if (parts) parts[blockIdx.y * p.N + n] = rows[i];
     else log_prob[n] = rows[i].value();
   }
-}
-
-__global__ void merge_log_sums(const LogSum* parts, int64_t splits, int64_t N, float* log_prob) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (n >= N) return;
-  LogSum row = parts[n];
-  for (int64_t s = 1; s < splits; ++s) row.merge(parts[s * N + n].max, parts[s * N + n].sum);
-  log_prob[n] = row.value();
-}
-
-// Logits [N, K] into responsibilities, in place.
-__global__ void normalise(float* logits, const float* log_prob, int64_t N, int64_t K) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= N * K) return;
-  const float log_sum = log_prob[i / K];
-  logits[i] = expf(logits[i] - (log_sum == -INFINITY ? 0.f : log_sum));
 }
 
 // Gradient of z. Blocks: row tiles × splits of the components × chunks, each block for the dimensions of its own chunk.
@@ -151,14 +123,6 @@ __global__ void __launch_bounds__(THREADS) backward_rows(Problem p, Upstream up,
       if (parts) parts[(blockIdx.y * p.N + n) * p.D + d] = total[i][q];
       else store(grad_z, p.z_type, n * p.D + d, total[i][q]);
     }
-}
-
-__global__ void merge_rows(const float* parts, int64_t splits, int64_t size, void* grad_z, Scalar type) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0.f;
-  for (int64_t s = 0; s < splits; ++s) sum += parts[s * size + i];
-  store(grad_z, type, i, sum);
 }
 
 // Sums over rows of a, a δ and a δ²; each split of the rows has its own, added up in order afterwards.
@@ -241,6 +205,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_components(Problem p, Ups
   }
 }
 
+// Without `inv_vars`, Σ a δ and Σ a δ² instead of the gradients of means and log_vars.
 __global__ void merge_components(Moments parts, int64_t splits, const float* inv_vars, int64_t K, int64_t D,
                                  float* grad_means, float* grad_log_vars, float* grad_log_weights) {
   const int64_t columns = D > 0 ? D : 1;
@@ -257,9 +222,9 @@ __global__ void merge_components(Moments parts, int64_t splits, const float* inv
   }
   if (i % columns == 0) grad_log_weights[k] = weight;
   if (D == 0) return;
-  const float inv_var = finite_or_zero(inv_vars[i]);
+  const float inv_var = inv_vars ? finite_or_zero(inv_vars[i]) : 1.f;
   grad_means[i] = inv_var * first;
-  grad_log_vars[i] = 0.5f * (inv_var * second - weight);
+  grad_log_vars[i] = inv_vars ? 0.5f * (inv_var * second - weight) : second;
 }
 
 }  // namespace latent_engine::gmm

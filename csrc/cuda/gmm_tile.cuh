@@ -10,9 +10,7 @@
 // replace non-finite numbers by 0 after the weights are known: where they matter the weight is NaN already.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
-#include <cstdint>
+#include "gmm_rows.cuh"
 
 namespace latent_engine::gmm {
 
@@ -33,12 +31,6 @@ struct Problem {
     const int64_t set = labels ? labels[n] : n;
     return set < 0 || (allowed ? allowed[set * K + k] : set == k);
   }
-};
-
-struct Upstream {
-  const float* grad;      // [N], of the log-density
-  const float* log_prob;  // [N]
-  const float* coef;      // [N, K], a where it is given, or null
 };
 
 // Shapes of a tile: ROWS × COMPONENTS, over CHUNK dimensions at a time.

@@ -20,7 +20,7 @@ New samples: component means and training representations are decoded once, each
 gradient steps on z alone (§2.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -165,17 +165,16 @@ class DGD(System):
             steps, lr: of `map_inference`.
         """
         self.check_rows(x)
+        self._check_labels(labels)
         g, training = self.latents.transform, self.training
         self.eval()
         try:
             starts = self._candidates(candidates)
-            with torch.no_grad():
-                outputs = self.decoder(g(starts))
+            search = self._search(g(starts))
             parts = []
             for rows in torch.arange(len(x), device=x.device).split(batch_size):
                 x_, labels_ = x[rows], None if labels is None else labels[rows]
-                start = starts[self._best(g(starts), outputs, x_, labels_)]
-                parts.append(g(map_inference(lambda h, x=x_, y=labels_: self.log_joint(x, g(h), y), start,
+                parts.append(g(map_inference(lambda h, x=x_, y=labels_: self.log_joint(x, g(h), y), starts[search(x_, labels_)],
                                              steps=steps, lr=lr)))
         finally:
             self.train(training)
@@ -193,12 +192,14 @@ class DGD(System):
             raise ValueError(f"This DGD has representations of {self.rows} training samples, given {len(data)}.")
         if self.config.likelihood == "bernoulli":
             check_unit_interval(data.x)
+        if self.config.classes and data.y is None:
+            raise ValueError(f"This DGD has components for {self.config.classes} classes and needs labels (−1: unknown).")
+        self._check_labels(data.y)
+
+    def _check_labels(self, labels: Tensor | None) -> None:
         classes = self.config.classes
-        if classes:
-            if data.y is None:
-                raise ValueError(f"This DGD has components for {classes} classes and needs labels (−1: unknown).")
-            if not -1 <= int(data.y.min()) <= int(data.y.max()) < classes:
-                raise ValueError(f"Labels must lie in [−1, {classes}), given from {data.y.min()} to {data.y.max()}.")
+        if classes and labels is not None and len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(f"Labels must lie in [−1, {classes}), given from {labels.min()} to {labels.max()}.")
 
     def _start(self, labels: Tensor | None) -> Tensor:
         """Initial h `[N, D]` of the latent table."""
@@ -218,9 +219,15 @@ class DGD(System):
         return torch.cat([self.prior.means.detach(), chosen]) if use_means else chosen
 
     @torch.no_grad()
-    def _best(self, z: Tensor, outputs: Tensor, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Index `[N]` of the candidate of highest log-joint for each row of `x`; `outputs` is the decoder at `z`."""
-        log_px_z = self.likelihood.pairwise_log_prob(outputs, x)
-        if labels is None or not self.config.classes:
-            return (log_px_z + self.prior(z)).argmax(1)
-        return (log_px_z + self.prior(z.expand(len(x), -1, -1), labels[:, None].expand(log_px_z.shape))).argmax(1)
+    def _search(self, z: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """What gives the index `[N]` of the candidate `z` `[K, D]` of highest log-joint for rows of `x` and their labels.
+
+        The candidates are decoded here, once; rows are scored against all by `Likelihood.pairwise`.
+        """
+        log_px_z, classes = self.likelihood.pairwise(self.decoder(z)), self.config.classes
+        if classes:  # for each class, and at −1 for no label
+            each = torch.tensor([*range(classes), -1], device=z.device)[:, None].expand(-1, len(z))
+            log_pz = self.prior(z.expand(classes + 1, -1, -1), each)
+        else:
+            log_pz = self.prior(z)[None]
+        return lambda x, labels: (log_px_z(x) + log_pz[-1 if labels is None or not classes else labels]).argmax(1)

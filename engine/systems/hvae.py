@@ -136,6 +136,6 @@ class HVAE(VAE):
     def _given_upper(self, upper: Tensor) -> Posterior:
         return Posterior(*self.lower_prior(upper).chunk(2, -1))
 
-    def _sample_latent(self, n: int, generator: Generator | None) -> Tensor:
-        upper = super()._sample_latent(n, generator)
+    def _sample_latent(self, n: int, generator: Generator | None, prior: nn.Module | None = None) -> Tensor:
+        upper = super()._sample_latent(n, generator, prior)
         return torch.cat([upper, bounds.reparametrize(self._given_upper(upper), 1, generator)[0]], -1)

@@ -119,9 +119,10 @@ class SecondStage(VAE):
         rows = z.reshape(-1, z.shape[-1])
         return self.log_weights(self.encode(rows), rows, 1, generator).reshape(z.shape[:-1])
 
-    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = True) -> Tensor:
+    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = True,
+               prior: nn.Module | None = None) -> Tensor:
         """`n` points f(u) + √γ_z ε `[n, D]`; without `noise` f(u)."""
-        return super().sample(n, generator, noise=noise)
+        return super().sample(n, generator, noise=noise, prior=prior)
 
 
 class TwoStageVAE(VAE):

@@ -224,15 +224,19 @@ class AE(System):
         return self.decode(self.represent(x))
 
     @torch.no_grad()
-    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False) -> Tensor:
+    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False,
+               prior: nn.Module | None = None) -> Tensor:
         """E[x | z] `[n, C, H, W]`, or with `noise` draws from p(x | z), for z from the prior.
 
-        An AE has no prior, and what it decodes z ~ N(0, I) to is not like the data unless by chance.
+        `prior` takes its place, e.g. a mixture fitted to the representations (`mixtures`). An AE has no prior of its own, and
+        what it decodes z ~ N(0, I) to is not like the data unless by chance.
         """
-        output = self._decoder_output(self._sample_latent(n, generator))
+        output = self._decoder_output(self._sample_latent(n, generator, prior))
         return self.likelihood.sample(output, generator) if noise else self.likelihood.mean(output)
 
-    def _sample_latent(self, n: int, generator: Generator | None) -> Tensor:
+    def _sample_latent(self, n: int, generator: Generator | None, prior: nn.Module | None = None) -> Tensor:
+        if prior is not None:
+            return prior.sample(n, generator)
         like = next(self.parameters())
         return torch.randn(n, self.config.latent_dim, generator=generator, dtype=like.dtype, device=like.device)
 
@@ -335,8 +339,8 @@ class VAE(AE):
         log_px_z = self.likelihood.log_prob(self._decoder_output(z, x), x)
         return importance_log_weights(base, *posterior, log_px_z, self._log_pz(z, log_det, generator))
 
-    def _sample_latent(self, n: int, generator: Generator | None) -> Tensor:
-        return self.prior.sample(n, generator)
+    def _sample_latent(self, n: int, generator: Generator | None, prior: nn.Module | None = None) -> Tensor:
+        return (prior or self.prior).sample(n, generator)
 
     def _transform(self, base: Tensor, posterior: Posterior) -> tuple[Tensor, Tensor | None]:
         """z `[..., N, D]` of z₀, and log |det ∂z/∂z₀| `[..., N]`; without a flow they are the same, and it is None."""

@@ -105,9 +105,10 @@ class VLAE(VAE):
         return self.likelihood.mean(drawn.output).unflatten(0, z.shape[:-1])
 
     @torch.no_grad()
-    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False) -> Tensor:
-        """`n` images `[n, C, H, W]` with z from the prior; without `noise` E[x_i | x_<i, z] of each of their pixels."""
-        drawn = self.decoder.draw(self._sample_latent(n, generator), self.decoder.noise(n, generator))
+    def sample(self, n: int, generator: Generator | None = None, *, noise: bool = False,
+               prior: nn.Module | None = None) -> Tensor:
+        """`n` images `[n, C, H, W]` with z from the prior, or `prior`; without `noise` E[x_i | x_<i, z] of each pixel."""
+        drawn = self.decoder.draw(self._sample_latent(n, generator, prior), self.decoder.noise(n, generator))
         return drawn.x if noise else self.likelihood.mean(drawn.output)
 
     def _start_output(self, mean: Tensor) -> None:

@@ -21,9 +21,17 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _load_points(z, stride_n, stride_d, n, d, N, D):
+def load_points(z, stride_n, stride_d, n, d, N, D):
     inside = (n < N)[:, None] & (d < D)[None, :]
     return tl.load(z + n[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def fold(logits, top, total):
+    """The maximum and sum of a running log-sum-exp, with one more term."""
+    larger = logits > top
+    smaller_term = tl.exp(-tl.abs(logits - top))
+    return tl.where(larger, logits, top), tl.where(larger, total * smaller_term + 1.0, total + smaller_term)
 
 
 @triton.jit
@@ -69,7 +77,7 @@ def _forward(z, means, inv_vars, constants, labels, allowed, tops, sums, logits_
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    points = _load_points(z, stride_n, stride_d, n, d, N, D)
+    points = load_points(z, stride_n, stride_d, n, d, N, D)
     sets = _load_sets(labels, n, N, HAS_LABELS)
     # A finite first maximum spares −inf a case of its own; NaN lives in the sum.
     top = tl.full([BLOCK_N], -3.4028234e38, tl.float32)
@@ -82,10 +90,7 @@ def _forward(z, means, inv_vars, constants, labels, allowed, tops, sums, logits_
         logits = _logits(points - mean[None, :], inv_var, tl.load(constants + k), is_allowed)
         if WITH_LOGITS:
             tl.store(logits_out + n * K + k, logits, mask=n < N)
-        larger = logits > top
-        smaller_term = tl.exp(-tl.abs(logits - top))
-        total = tl.where(larger, total * smaller_term + 1.0, total + smaller_term)
-        top = tl.where(larger, logits, top)
+        top, total = fold(logits, top, total)
     at_row = tl.cast(split, tl.int64) * N + n
     if WHOLE:
         tl.store(tops + at_row, top + tl.log(total), mask=n < N)
@@ -102,7 +107,7 @@ def _backward_rows(z, means, inv_vars, constants, labels, allowed, grad, log_pro
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    points = _load_points(z, stride_n, stride_d, n, d, N, D)
+    points = load_points(z, stride_n, stride_d, n, d, N, D)
     sets = _load_sets(labels, n, N, HAS_LABELS)
     row_grad = tl.load(grad + n, mask=n < N, other=0.0)
     row_log_prob = tl.load(log_prob + n, mask=n < N, other=0.0)
@@ -142,7 +147,7 @@ def _backward_components(z, means, inv_vars, constants, labels, allowed, grad, l
     second = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for block in range(split * share, tl.minimum(split * share + share, tl.cdiv(N, BLOCK_N))):
         n = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        delta = _load_points(z, stride_n, stride_d, n, d, N, D) - mean[None, :]
+        delta = load_points(z, stride_n, stride_d, n, d, N, D) - mean[None, :]
         sets = _load_sets(labels, n, N, HAS_LABELS)
         row_grad = tl.load(grad + n, mask=n < N, other=0.0)
         row_log_prob = tl.load(log_prob + n, mask=n < N, other=0.0)
@@ -165,7 +170,7 @@ def blocks(D: int) -> dict[str, int]:
     return {"BLOCK_N": min(256, max(1, 2048 // block_d)), "BLOCK_D": block_d}
 
 
-def _split(items: int, least: int, programs: int) -> tuple[int, int]:
+def cut(items: int, least: int, programs: int) -> tuple[int, int]:
     """Splits of `items` that fill the device beside `programs` programs, with at least `least` each: count, size."""
     count = min(triton.cdiv(WAVE, max(programs, 1)), triton.cdiv(items, least))
     size = triton.cdiv(items, max(count, 1))
@@ -193,20 +198,20 @@ def gmm_fwd(z: Tensor, means: Tensor, log_vars: Tensor, log_weights: Tensor, lab
             allowed: Tensor | None, responsibilities: bool) -> tuple[Tensor, Tensor | None]:
     """The primitive `gmm_fwd` of kernels/gmm.py."""
     call = _Call(z, means, log_vars, log_weights, labels, allowed)
-    splits, share = _split(call.K, ROUND, call.row_blocks)
+    splits, share = cut(call.K, ROUND, call.row_blocks)
     tops, sums = means.new_empty(splits, call.N), means.new_empty(splits if splits > 1 else 0, call.N)
     resp = means.new_empty(call.N, call.K) if responsibilities else None
     if call.N:
         with torch.cuda.device_of(z):
             _forward[(call.row_blocks, splits)](*call.tensors, tops, sums, resp, *call.sizes, share,
                                                 WITH_LOGITS=responsibilities, WHOLE=splits == 1, **call.options)
-    log_prob = tops[0] if splits == 1 else _merge_log_sums(tops, sums)
+    log_prob = tops[0] if splits == 1 else merge_log_sums(tops, sums)
     if responsibilities:
         resp.sub_(log_prob.masked_fill(log_prob == -torch.inf, 0.0)[:, None]).exp_()
     return log_prob, resp
 
 
-def _merge_log_sums(tops: Tensor, sums: Tensor) -> Tensor:
+def merge_log_sums(tops: Tensor, sums: Tensor) -> Tensor:
     top = tops.amax(0)
     return top + (sums * torch.exp(tops - top)).sum(0).log()
 
@@ -221,7 +226,9 @@ def gmm_bwd(grad: Tensor, z: Tensor, means: Tensor, log_vars: Tensor, log_weight
     with torch.cuda.device_of(z):
         grad_z = _grad_z(call, upstream) if need_z else z.new_empty(0, 0)
         if need_mixture:
-            return grad_z, *_grad_mixture(call, upstream)
+            weight, first, second = _sums(call, upstream)
+            inv_vars = call.inv_vars.nan_to_num(0.0, 0.0, 0.0)
+            return grad_z, inv_vars * first, 0.5 * (inv_vars * second - weight[:, None]), weight
     return grad_z, means.new_empty(0, 0), means.new_empty(0, 0), means.new_empty(0)
 
 
@@ -233,7 +240,7 @@ def gmm_fwd_bwd(grad, z, means, log_vars, log_weights, labels, allowed):
 
 def _grad_z(call: _Call, upstream: tuple[Tensor | None, ...]) -> Tensor:
     z = call.tensors[0]
-    splits, share = _split(call.K, ROUND, call.row_blocks)
+    splits, share = cut(call.K, ROUND, call.row_blocks)
     parts = z.new_empty(splits, call.N, call.D, dtype=z.dtype if splits == 1 else torch.float32)
     if parts.numel():
         _backward_rows[(call.row_blocks, splits)](*call.tensors, *upstream, parts, *call.sizes, share, ROUND=ROUND,
@@ -241,12 +248,21 @@ def _grad_z(call: _Call, upstream: tuple[Tensor | None, ...]) -> Tensor:
     return parts[0] if splits == 1 else parts.sum(0).to(z.dtype)
 
 
-def _grad_mixture(call: _Call, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    splits, share = _split(call.row_blocks, 1, call.K)
+def gmm_moments(weights, z, means, log_vars, log_weights):
+    """Log-density and moments; the logits are computed twice."""
+    log_prob, _ = gmm_fwd(z, means, log_vars, log_weights, None, None, False)
+    call = _Call(z, means, log_vars, log_weights, None, None)
+    call.options["HAS_COEF"] = False
+    with torch.cuda.device_of(z):
+        return log_prob, *_sums(call, (weights.contiguous(), log_prob, None))
+
+
+def _sums(call: _Call, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ a [K], Σ a δ and Σ a δ² [K, D]."""
+    splits, share = cut(call.row_blocks, 1, call.K)
     new = call.inv_vars.new_zeros if call.N == 0 else call.inv_vars.new_empty
     weight, first, second = new(splits, call.K), new(splits, call.K, call.D), new(splits, call.K, call.D)
     if call.N and call.K:
         _backward_components[(call.K, splits)](*call.tensors, *upstream, weight, first, second, *call.sizes, share,
                                                **call.options)
-    weight, inv_vars = weight.sum(0), call.inv_vars.nan_to_num(0.0, 0.0, 0.0)
-    return inv_vars * first.sum(0), 0.5 * (inv_vars * second.sum(0) - weight[:, None]), weight
+    return weight.sum(0), first.sum(0), second.sum(0)
