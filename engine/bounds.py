@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from . import kernels
+
 
 class Posterior(NamedTuple):
     """q(z | x) of N rows, a diagonal Gaussian: `mean` and `log_var`, the logarithm of the variance, `[N, D]`."""
@@ -35,11 +37,16 @@ class Posterior(NamedTuple):
 
 def reparametrize(posterior: Posterior, samples: int, generator: Generator | None = None) -> Tensor:
     """z = μ + σ ε `[S, N, D]`, ε ~ N(0, I), differentiable in the posterior."""
+    return reparametrize_with_kl(posterior, samples, generator)[0]
+
+
+def reparametrize_with_kl(posterior: Posterior, samples: int | None = None,
+                          generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """z `[S, N, D]`, or one sample `[N, D]` without `samples`, and `kl_to_normal(posterior)`, in one pass."""
     mean, log_var = posterior
-    noise = torch.randn(samples, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    if samples == 1:  # without an axis to sum gradients over
-        return torch.addcmul(mean, (0.5 * log_var).exp(), noise[0])[None]
-    return torch.addcmul(mean, (0.5 * log_var).exp(), noise)
+    shape = mean.shape if samples is None else (samples, *mean.shape)
+    noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return kernels.reparametrize(mean, log_var, noise)
 
 
 def kl_to_normal(posterior: Posterior) -> Tensor:
@@ -57,6 +64,11 @@ def kl_between(posterior: Posterior, prior: Posterior) -> Tensor:
 def entropy(posterior: Posterior) -> Tensor:
     """Entropy of q(z | x) of each row, in nats, `[N]`."""
     return 0.5 * (posterior.log_var + (1 + math.log(2 * math.pi))).sum(-1)
+
+
+def mean_over_samples(values: Tensor) -> Tensor:
+    """`[S, N]`, or `[N]` of one sample -> `[N]`."""
+    return values.mean(0) if values.dim() > 1 else values
 
 
 def mean_kl(kl: Tensor) -> Tensor:

@@ -97,11 +97,11 @@ class HVAE(VAE):
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """Sums over pixels and latents of both layers, mean over the batch, in nats; "kl_lower" is of z₁, "kl" of both."""
         posterior = self.encode(batch.x)
-        upper = bounds.reparametrize(posterior, self.config.samples)
+        upper, kl_to_normal = bounds.reparametrize_with_kl(posterior, self.config.samples)
         given_x, given_upper = self._lower(batch.x, upper)
         output = self._decoder_output(torch.cat([upper, bounds.reparametrize(given_x, 1)[0]], -1))
         log_px_z, kl_lower = self.likelihood.log_prob(output, batch.x), bounds.kl_between(given_x, given_upper).sum(2).mean(0)
-        kl_upper = self._divergence(posterior, upper, None)
+        kl_upper = self._divergence(posterior, kl_to_normal, upper, None)
         kl = kl_lower + (kl_upper.sum(1) if kl_upper.dim() > 1 else kl_upper)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)

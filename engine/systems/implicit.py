@@ -146,8 +146,8 @@ class ImplicitVAE(VAE):
     def _log_pz(self, z: Tensor, log_det: None = None, generator: Generator | None = None) -> Tensor:
         return self.prior(z)
 
-    def _divergence(self, posterior: Posterior, z: Tensor, log_det: None) -> Tensor:
-        return bounds.kl_to_normal(posterior).sum(1) - self.log_ratio(z).mean(0)
+    def _divergence(self, posterior: Posterior, kl_to_normal: Tensor, z: Tensor, log_det: None) -> Tensor:
+        return kl_to_normal.sum(1) - bounds.mean_over_samples(self.log_ratio(z))
 
 
 def _split(n: int, size: int) -> list[int]:

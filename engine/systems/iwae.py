@@ -79,8 +79,8 @@ class IWAE(VAE):
 
         "log_px_z" is a mean over the samples, for VR-max of one layer that of the best one.
         """
-        config, posterior = self.config, self.encode(batch.x)
-        base, alpha = bounds.reparametrize(posterior, config.samples), config.alpha
+        config, posterior, alpha = self.config, self.encode(batch.x), self.config.alpha
+        base, kl_to_normal = bounds.reparametrize_with_kl(posterior, config.samples)
         if alpha == -math.inf and config.prior != "hierarchical":
             base, alpha = self._best(base, posterior, batch.x), 0.0
         z, log_det = self._transform(base, posterior)
@@ -88,7 +88,7 @@ class IWAE(VAE):
         bound = importance_objective(base, *posterior, log_px_z, log_pz, estimator=config.estimator, alpha=alpha,
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
-            log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, log_pz))
+            log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, kl_to_normal, log_pz))
         return self._regularized({"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl, **self._gamma()}, posterior)
 
     def _best(self, base: Tensor, posterior: Posterior, x: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ class AE(System):
 
     def _decoder_output(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """What the likelihood of `x` `[N, C, H, W]` takes, if only from z: `[..., D]` -> `[..., C, H, W]`."""
-        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        return self.decoder(z) if z.dim() == 2 else self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def _start_output(self, mean: Tensor) -> None:
         """Makes `mean` `[C, H, W]` what the last layer of the decoder starts from."""
@@ -289,10 +289,11 @@ class VAE(AE):
 
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """Sums over pixels and latents, mean over the batch, in nats."""
-        posterior = self.encode(batch.x)
-        z, log_det = self._transform(bounds.reparametrize(posterior, self.config.samples), posterior)
+        posterior, samples = self.encode(batch.x), self.config.samples
+        base, kl_to_normal = bounds.reparametrize_with_kl(posterior, None if samples == 1 else samples)
+        z, log_det = self._transform(base, posterior)
         output = self._decoder_output(z, batch.x)
-        log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, z, log_det)
+        log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, kl_to_normal, z, log_det)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
         return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl,
@@ -353,13 +354,13 @@ class VAE(AE):
         log_pz = self.prior(z, generator=generator) if self.config.prior == "hierarchical" else self.prior(z)
         return log_pz if log_det is None else log_pz + log_det
 
-    def _divergence(self, posterior: Posterior, z: Tensor, log_det: Tensor | None) -> Tensor:
+    def _divergence(self, posterior: Posterior, kl_to_normal: Tensor, z: Tensor, log_det: Tensor | None) -> Tensor:
         """The KL divergence of the loss, `[N, D]` or `[N]`."""
-        return self._kl(posterior, self._log_pz(z, log_det))
+        return self._kl(posterior, kl_to_normal, self._log_pz(z, log_det))
 
-    def _kl(self, posterior: Posterior, log_pz: Tensor | None) -> Tensor:
+    def _kl(self, posterior: Posterior, kl_to_normal: Tensor, log_pz: Tensor | None) -> Tensor:
         """KL(q(z | x) ‖ p(z)), `[N, D]` where it has a closed form, else an estimate from log p(z) of samples, `[N]`."""
-        return bounds.kl_to_normal(posterior) if log_pz is None else -bounds.entropy(posterior) - log_pz.mean(0)
+        return kl_to_normal if log_pz is None else -bounds.entropy(posterior) - bounds.mean_over_samples(log_pz)
 
     def _fit(self, log_px_z: Tensor, mean_log_px_z: Tensor, output: Tensor) -> Tensor:
         """What stands for the mean of log p(x | z) in the loss, a scalar."""
