@@ -8,7 +8,8 @@ A step moves the rows of its mini-batch only, by the ops of `kernels.row_update`
     EpochAdam     dense Adam once an epoch, on the gradients of all its batches (the published DGD packages)
 
 `LatentTable` gathers with a sparse gradient, so that a step costs O(batch · D) whatever the table's size; in a memory-mapped
-file (`mapped`) the table and what its optimizer keeps may be larger than memory.
+file (`mapped`) the table and what its optimizer keeps may be larger than memory. A table in such a file or in pinned memory
+(`start.pin_memory()`) stays there when its module moves to a GPU: the rows of a batch go there, and their gradients come back.
 """
 
 import os
@@ -85,9 +86,10 @@ class LatentTable(nn.Module):
         self.h = nn.Parameter(start)
 
     def forward(self, index: Tensor) -> Tensor:
-        """z of the rows `index` `[B]` -> `[B, D]`; the gradient of h is sparse."""
-        catch_up(self.h, index)
-        return self.transform(F.embedding(index, self.h, sparse=True))
+        """z of the rows `index` `[B]` -> `[B, D]`, on the device of `index`; the gradient of h is sparse."""
+        rows = index.to(self.h.device)
+        catch_up(self.h, rows)
+        return self.transform(F.embedding(rows, self.h, sparse=True).to(index.device))
 
     @property
     def z(self) -> Tensor:
@@ -105,6 +107,10 @@ class LatentTable(nn.Module):
         """Shifts and scales h to mean zero and variance one in each dimension (§2.3)."""
         catch_up(self.h)
         self.h.sub_(self.h.mean(0)).div_(self.h.std(0, correction=0).clamp_min(torch.finfo(self.h.dtype).tiny))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LatentTable":
+        stays = self.h.device.type == "cpu" and (self.h.is_pinned() or self.h.untyped_storage().filename is not None)
+        return self if stays else super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
         catch_up(self.h)  # for copies and pickles

@@ -31,7 +31,7 @@ def evaluate(system: DGD, train: Data, test: Data | None, nll_samples: int | Non
     nearest-neighbour vote needs."""
     if nll_samples is not None:
         raise ValueError("A DGD has no encoder to draw importance samples from: leave --nll-samples out.")
-    z, y = system.latents.z, train.y if len(train.x) > 10 else None
+    z, y = system.latents.z.to(train.x.device), train.y if len(train.x) > 10 else None
     scores = {"train_nll": _nll(system, train.x, z)}
     components = _components(system, z)
     if y is not None:

@@ -310,7 +310,9 @@ class _Loop:
             elif param.grad is not None:
                 grads.append(param.grad)
         if grads:
-            torch._foreach_mul_(grads, (self.config.clip_norm / torch.nn.utils.get_total_norm(grads)).clamp(max=1))
+            scale = (self.config.clip_norm / torch.nn.utils.get_total_norm(grads)).clamp(max=1)
+            for device in {grad.device for grad in grads}:  # a latent table may stay on the host
+                torch._foreach_mul_([grad for grad in grads if grad.device == device], scale.to(device))
 
     def _set_learning_rates(self, epoch: int, losses: list[float]) -> None:
         for phase in (phase for phase in self.phases if phase.runs_in(epoch)):

@@ -272,6 +272,25 @@ def test_a_file_that_does_not_fit_the_disk_is_refused(tmp_path):
         mapped(tmp_path / "table", (2**50, 64))
 
 
+def test_a_table_in_a_file_stays_there_when_its_module_moves(tmp_path):
+    inside, outside = LatentTable(start()), LatentTable(mapped(tmp_path / "table", (ROWS, DIM)))
+    nn.ModuleList([inside, outside]).to("meta")
+    assert inside.h.is_meta
+    assert outside.h.device.type == "cpu" and outside.h.untyped_storage().filename == str(tmp_path / "table")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_pinned_table_is_trained_beside_the_device(clip_norm, data):
+    found = []
+    for place in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+        system = new(LatentTable(place(torch.zeros(50, 2)))).cuda()
+        fit(system, data, TrainConfig(epochs=2, batch_size=8, clip_norm=clip_norm), progress=False)
+        found.append(system.latents.z)
+    assert found[1].is_pinned()
+    torch.testing.assert_close(found[1], found[0].cpu(), rtol=1e-3, atol=1e-4)
+
+
 def new(table=None, name="row_adam_catch_up"):
     torch.manual_seed(0)
     optim = type(DGDConfig().optim)(latents=OptimizerConfig(name, lr=0.05))

@@ -213,10 +213,9 @@ class DGD(System):
 
     def _candidates(self, rows: int) -> Tensor:
         """Starts of inference before g: the component means and about `rows` training representations."""
-        h = self.latents.learned
-        chosen = h[:: max(1, self.rows // rows)] if rows else h[:0]
-        use_means = self.config.latent_transform == "identity"
-        return torch.cat([self.prior.means.detach(), chosen]) if use_means else chosen
+        h, means = self.latents.learned, self.prior.means.detach()
+        chosen = (h[:: max(1, self.rows // rows)] if rows else h[:0]).to(means.device)
+        return torch.cat([means, chosen]) if self.config.latent_transform == "identity" else chosen
 
     @torch.no_grad()
     def _search(self, z: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
