@@ -96,11 +96,12 @@ class LikelihoodTask {
         derived_(arena_.take(L::derived * kBlock<T>)), observed_((Int*)arena_.take(kBlock<T>)),
         tail_(arena_.take(2 * kGroup<T>)), scratch(arena_.take(3 * kBlock<T>)) {}
 
-  // Calls f(s, n) for each row, in the order of memory while the rows of x, which the samples share as a rule, stay in the L2
-  // cache; else all samples of a data point in turn.
+  // Calls f(s, n) for each row, in the order of memory while the rows of x, which the samples share as a rule, stay in the
+  // cache, else all samples of a data point in turn. Gradients are written too, and gain while x is in the L2 cache; sums only
+  // in the L1 cache.
   template <class F>
   void for_each_row(const F& f) {
-    constexpr int64_t cache = 1 << 18;
+    constexpr int64_t cache = gradient ? 1 << 18 : 1 << 14;
     if ((n_last - n_first) * in_.P * int64_t(sizeof(T)) <= cache) {
       for (int64_t s = s_first; s < s_last; ++s)
         for (int64_t n = n_first; n < n_last; ++n) f(s, n);
