@@ -1,5 +1,6 @@
 """gmm_full_log_prob and gmm_full_moments: every implementation against an 80-bit oracle, on odd inputs."""
 
+import mixture_checks
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from latent_engine.kernels import BackendError, gmm_full_log_prob, gmm_full_moments, gmm_log_prob, native
 
-from oracles import assert_within_budget, longdouble
+from oracles import assert_within_budget
 from oracles import gmm_full as oracle
 
 NAMES = ("z", "means", "precision_cholesky", "log_weights")
@@ -213,32 +214,14 @@ def test_nan_reaches_only_what_depends_on_it(implementation):
 
 def test_responsibilities_and_their_gradient(implementation):
     backend, device = implementation
-    inputs = mixture(21, 70, 3, device=device)
-    weights = torch.randn(21, 70, generator=torch.Generator().manual_seed(4)).to(device)
-
-    def gradients(backend, dtype):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
-        log_prob, resp = gmm_full_log_prob(*leaves, responsibilities=True, backend=backend)
-        return resp, torch.autograd.grad((resp * weights).sum() + log_prob.sum(), leaves)
-
-    resp, grads = gradients(backend, torch.float32)
-    direct, direct_grads = gradients("reference", torch.float32)
-    exact, exact_grads = gradients("reference", torch.float64)
-    torch.testing.assert_close(resp.sum(1), torch.ones(21, device=device))
-    assert_within_budget("responsibilities", resp.detach(), direct.detach(), longdouble(exact))
-    for name, a, d, e in zip(NAMES, grads, direct_grads, exact_grads, strict=True):
-        assert_within_budget(name, a, d, longdouble(e))
+    mixture_checks.responsibilities_and_their_gradient(gmm_full_log_prob, mixture(21, 70, 3, device=device), NAMES, backend)
 
 
 def test_only_needed_gradients(implementation):
     backend, device = implementation
     inputs = mixture(30, 5, 3, device=device)
     full = run(inputs, torch.ones(30, device=device), backend=backend)[1:]
-    for i in range(4):
-        leaves = [t.clone().requires_grad_(j == i) for j, t in enumerate(inputs)]
-        gmm_full_log_prob(*leaves, backend=backend).sum().backward()
-        assert [t.grad is not None for t in leaves] == [j == i for j in range(4)]
-        torch.testing.assert_close(leaves[i].grad, full[i])
+    mixture_checks.only_needed_gradients(gmm_full_log_prob, inputs, full, backend)
 
 
 def test_same_bits_every_time_at_any_number_of_threads(implementation):
