@@ -172,8 +172,8 @@ class TwoStageVAE(VAE):
     def _log_pz(self, z: Tensor, log_det: None = None, generator: Generator | None = None) -> Tensor:
         return self.prior(z, generator=generator)
 
-    def _divergence(self, posterior: Posterior, z: Tensor, log_det: None) -> Tensor:
-        return bounds.kl_to_normal(posterior)
+    def _divergence(self, posterior: Posterior, kl_to_normal: Tensor, z: Tensor, log_det: None) -> Tensor:
+        return kl_to_normal
 
 
 class VAEPlus(TwoStageVAE):
