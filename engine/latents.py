@@ -12,6 +12,8 @@ file (`mapped`) the table and what its optimizer keeps may be larger than memory
 (`start.pin_memory()`) stays there when its module moves to a GPU: the rows of a batch go there, and their gradients come back.
 """
 
+import ctypes
+import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +61,11 @@ def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtyp
             os.posix_fallocate(file.fileno(), 0, empty.nbytes)
         else:
             file.truncate(empty.nbytes)
-    return torch.from_file(os.fspath(path), shared=True, size=empty.numel(), dtype=dtype).view(empty.shape)
+    table = torch.from_file(os.fspath(path), shared=True, size=empty.numel(), dtype=dtype)
+    if hasattr(mmap, "MADV_RANDOM"):
+        # A row that is not in memory else brings its neighbours too: with 2 GB for 7.2 GB over 10 s a step, not 0.4 s.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(table.data_ptr()), ctypes.c_size_t(table.nbytes), mmap.MADV_RANDOM)
+    return table.view(empty.shape)
 
 
 def _zeros_like(param: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
