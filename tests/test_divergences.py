@@ -13,10 +13,15 @@ import torch
 import torch.distributed as dist
 
 from latent_engine import (
+    HVAE,
     IWAE,
     VAE,
+    VLAE,
     Batch,
     Data,
+    HVAEConfig,
+    ImplicitConfig,
+    ImplicitVAE,
     IWAEConfig,
     TrainConfig,
     TwoStageConfig,
@@ -24,6 +29,7 @@ from latent_engine import (
     VAEConfig,
     VAEPlus,
     VAEPlusConfig,
+    VLAEConfig,
     fit,
 )
 from latent_engine.bounds import Posterior
@@ -37,6 +43,9 @@ MODELS = {
     "mixture": (VAE, VAEConfig, "main", {"prior": "mixture", "samples": 2}),
     "conv": (VAE, VAEConfig, "main", {"network": "conv", "capacity": 2}),
     "iwae": (IWAE, IWAEConfig, "main", {"samples": 3}),
+    "hvae": (HVAE, HVAEConfig, "main", {"lower_dim": 3}),
+    "vae-iop": (ImplicitVAE, ImplicitConfig, "main", {"ratio_hidden": (5,)}),
+    "vlae": (VLAE, VLAEConfig, "main", {"network": "mlp", "prior": "normal", "width": 4, "kernels": (3,), "features": 1}),
     "vr-max": (IWAE, IWAEConfig, "main", {"samples": 3, "alpha": -math.inf}),
     "iwae-2": (IWAE, IWAEConfig, "main", {"samples": 3, "prior": "hierarchical"}),
     "two-stage": (TwoStageVAE, TwoStageConfig, "first", {}),
@@ -151,6 +160,7 @@ def test_batches_without_a_pair_are_refused_before_training_and_validated(tmp_pa
 
 
 @pytest.mark.parametrize(("settings", "words"), [
+    ({"diversity": 1.0, "posterior_flow": "iaf"}, "those of Gaussian posteriors; set them to 0 with posterior_flow='iaf'"),
     ({"diversity": -1.0}, "diversity must be at least 0 and finite, given -1.0"),
     ({"smoothness": math.nan}, "smoothness must be at least 0 and finite, given nan"),
     ({"diversity_form": "eq8"}, "diversity_form must be one of paper, code, given 'eq8'"),

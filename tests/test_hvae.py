@@ -11,6 +11,7 @@ from scipy.special import logsumexp
 
 from latent_engine import HVAE, Batch, Data, HVAEConfig, TrainConfig, fit, load_data, log_likelihood
 from latent_engine.bounds import Posterior, kl_between, reparametrize
+from latent_engine.mixtures import GaussianMixture
 
 SHAPE = (1, 3, 5)
 NORMAL = stats.norm
@@ -112,6 +113,15 @@ def test_samples_descend_from_the_prior_through_both_layers():
     np.testing.assert_allclose(z[:, :3].mean(0), upper.mean(0), atol=0.05)
     np.testing.assert_allclose(z[:, 3:].mean(0), given.mean().mean(0), atol=0.05)
     np.testing.assert_allclose(z[:, 3:].var(0), given.mean().var(0) + given.var().mean(0), rtol=0.05)
+
+
+def test_a_prior_that_is_given_takes_the_place_of_that_of_the_upper_layer():
+    system, _ = tiny()
+    other = GaussianMixture(torch.ones(1), torch.full((1, 3), 5.0), torch.full((1, 3), 1e-4)).double()
+    given = system.sample(4, torch.Generator().manual_seed(0), prior=other)
+    assert not torch.allclose(given, system.sample(4, torch.Generator().manual_seed(0)))
+    system.prior = other
+    torch.testing.assert_close(given, system.sample(4, torch.Generator().manual_seed(0)))
 
 
 def test_a_trained_model_has_a_likelihood_by_importance_sampling():

@@ -10,6 +10,7 @@ from scipy import stats
 
 from latent_engine import VAE, VLAE, Batch, Data, TrainConfig, VAEConfig, VLAEConfig, fit, load_data, log_likelihood, report
 from latent_engine.bounds import reparametrize
+from latent_engine.mixtures import GaussianMixture
 
 SHAPE = (1, 2, 3)
 SMALL = {"latent_dim": 2, "capacity": 2, "kernels": (3, 3), "width": 6, "prior": "normal"}
@@ -78,6 +79,17 @@ def test_samples_are_draws_from_the_model_and_their_probabilities(prior):
     np.testing.assert_allclose(images.mean(0), p.mean(0), atol=0.015)
     codes = (images.flatten(1) @ torch.tensor([32, 16, 8, 4, 2, 1], dtype=torch.float64)).long()
     np.testing.assert_allclose(np.bincount(codes, minlength=64) / 20_000, marginals(system), atol=0.01)
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_prior_that_is_given_takes_the_place_of_its_own(noise):
+    system, _ = tiny()
+    dim = system.config.latent_dim
+    other = GaussianMixture(torch.ones(1), torch.full((1, dim), 5.0), torch.full((1, dim), 1e-4)).double()
+    given = system.sample(20, torch.Generator().manual_seed(0), noise=noise, prior=other)
+    assert not torch.equal(given, system.sample(20, torch.Generator().manual_seed(0), noise=noise))
+    system.prior = other
+    assert torch.equal(given, system.sample(20, torch.Generator().manual_seed(0), noise=noise))
 
 
 def test_what_is_decoded_are_probabilities_along_one_draw_for_each_z():
