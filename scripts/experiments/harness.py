@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def main(name: str, doc: str, run: Callable[[Path, Any], dict], settings: dict[s
     They are written to `name`.json in the folder --out one by one. What is there is not run again.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with mnist, cifar10 and freyfaces")
+    parser.add_argument("data", type=Path, help="folder with mnist, omniglot-small, cifar10 and freyfaces")
     parser.add_argument("--jobs", type=int, default=2, help="settings to run at a time, a thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
@@ -61,6 +61,12 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     header = list(header)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def over_seeds(values: Sequence[float], digits: str) -> str:
+    """The mean and, of several values, the lowest and the highest, in the format `digits`."""
+    mean = f"{sum(values) / len(values):{digits}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{digits}} to {max(values):{digits}})"
 
 
 def _timed(run: Callable[[Path, Any], dict], data: Path, setting: Any) -> dict:

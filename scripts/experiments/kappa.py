@@ -10,12 +10,11 @@ Numbers of several seeds are their mean and, in brackets, the lowest and the hig
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from harness import main, markdown
+from harness import main, markdown, over_seeds
 
 from latent_engine import VAE, OptimizerConfig, TrainConfig, VAEConfig, fit, log_likelihood
 from latent_engine.data import load
@@ -70,11 +69,6 @@ def table(results: dict[str, dict]) -> str:
                      active])
     return markdown(["decoder", "passes", "training", "κ", "‖x − x̂‖², test", "−log p(x)", "active", "γ", "paper: error",
                      "−log p(x)", "active"], rows)
-
-
-def over_seeds(values: Sequence[float], digits: str) -> str:
-    mean = f"{sum(values) / len(values):{digits}}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):{digits}} to {max(values):{digits}})"
 
 
 # learning rates of the networks and of log γ, and the factor of both in the second half
