@@ -46,32 +46,54 @@ def catch_up(param: Tensor, index: Tensor | None = None) -> None:
         behind.optimizer.catch_up(param, index)
 
 
-def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of zeros in a memory-mapped file, which is made anew: fill it in place, and start a `LatentTable` from it.
+def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype = torch.float32, *,
+           room: int = 2) -> Tensor:
+    """A tensor `[N, D]` of zeros in a memory-mapped file, made anew: fill it in place, and start a `LatentTable` from it.
 
-    The state that a row optimizer keeps of such a table is in files beside it, `<path>.exp_avg` for instance. They are working
-    memory: after a crash they hold rows of any age, and a checkpoint, which is a copy, is what a run continues from.
+    Args:
+        room: so many rows more have room beside each row, in the same pages of the file. A row optimizer keeps its state
+            there: `RowSGD` needs 1, `RowAdam` and `CatchUpAdam` 2, `EpochAdam` 3. What finds no room is in files of its own,
+            `<path>.exp_avg` for instance, and costs reads of the disk of its own.
+
+    The files are working memory: after a crash they hold rows of any age, and a checkpoint, which is a copy, is what a run
+    continues from.
 
     Raises:
         OSError: there is no room for the file, which is claimed at once (on Linux).
     """
+    rows, dim = shape
+    table, *beside = _map_file(path, (rows, 1 + room, dim), dtype).unbind(1)
+    table.beside = tuple(beside)
+    return table
+
+
+def _map_file(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, empty.nbytes)
         else:
             file.truncate(empty.nbytes)
-    table = torch.from_file(os.fspath(path), shared=True, size=empty.numel(), dtype=dtype)
+    tensor = torch.from_file(os.fspath(path), shared=True, size=empty.numel(), dtype=dtype)
     if hasattr(mmap, "MADV_RANDOM"):
         # A row that is not in memory else brings its neighbours too: with 2 GB for 7.2 GB over 10 s a step, not 0.4 s.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(table.data_ptr()), ctypes.c_size_t(table.nbytes), mmap.MADV_RANDOM)
-    return table.view(empty.shape)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), mmap.MADV_RANDOM)
+    return tensor.view(empty.shape)
 
 
-def _zeros_like(param: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Of a mapped parameter a mapped tensor."""
-    path = param.untyped_storage().filename if param.device.type == "cpu" else None
-    return torch.zeros(shape, dtype=dtype, device=param.device) if path is None else mapped(f"{path}.{name}", shape, dtype)
+def _file(tensor: Tensor) -> str | None:
+    return tensor.untyped_storage().filename if tensor.device.type == "cpu" else None
+
+
+def _state_like(param: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Zeros like `param`, by name; of a mapped parameter beside its rows while there is room there, else mapped too."""
+    if _file(param) is None:
+        return {name: torch.zeros_like(param) for name in names}
+    beside = getattr(param, "beside", ())[:len(names)]
+    for kept in beside:
+        kept.zero_()  # of an optimizer before this one
+    files = {name: _map_file(f"{_file(param)}.{name}", param.shape, param.dtype) for name in names[len(beside):]}
+    return dict(zip(names, beside, strict=False)) | files
 
 
 class LatentTable(nn.Module):
@@ -90,6 +112,7 @@ class LatentTable(nn.Module):
             raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, given {transform!r}.")
         self.transform = TRANSFORMS[transform]
         self.h = nn.Parameter(start)
+        self.h.beside = getattr(start, "beside", ())  # tensors like h in the room beside its rows, of a `mapped` one
 
     def forward(self, index: Tensor) -> Tensor:
         """z of the rows `index` `[B]` -> `[B, D]`, on the device of `index`; the gradient of h is sparse."""
@@ -115,7 +138,7 @@ class LatentTable(nn.Module):
         self.h.sub_(self.h.mean(0)).div_(self.h.std(0, correction=0).clamp_min(torch.finfo(self.h.dtype).tiny))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LatentTable":
-        stays = self.h.device.type == "cpu" and (self.h.is_pinned() or self.h.untyped_storage().filename is not None)
+        stays = _file(self.h) is not None or (self.h.device.type == "cpu" and self.h.is_pinned())
         return self if stays else super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
@@ -176,7 +199,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """To be called after each pass over the data, before the table is read as a whole."""
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {name: _zeros_like(param, name, param.shape, param.dtype) for name in self.row_state}
+        return _state_like(param, self.row_state)
 
     def _move(self, param: Tensor, index: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict) -> None:
         raise NotImplementedError
@@ -217,7 +240,10 @@ class RowAdam(RowOptimizer):
                          decoupled_weight_decay=decoupled_weight_decay)
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        return super()._new_state(param) | {"step": _zeros_like(param, "step", (len(param),), torch.int32)}
+        path, steps = _file(param), (len(param),)
+        step = torch.zeros(steps, dtype=torch.int32, device=param.device) if path is None else _map_file(
+            f"{path}.step", steps, torch.int32)
+        return super()._new_state(param) | {"step": step}
 
     def _move(self, param: Tensor, index: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict) -> None:
         row_adam_(param, state["exp_avg"], state["exp_avg_sq"], state["step"], index, grad, lr=group["lr"],

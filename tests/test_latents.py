@@ -249,22 +249,43 @@ def test_mistakes_are_refused(make, words):
         make(LatentTable(start()).parameters())
 
 
+@pytest.mark.parametrize("room", [0, 1, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_table_in_a_file_is_trained_as_one_in_memory(kind, tmp_path):
+def test_a_table_in_a_file_is_trained_as_one_in_memory(kind, room, tmp_path):
     index, inside = batches(30), LatentTable(start())
-    outside = LatentTable(mapped(tmp_path / "table", (ROWS, DIM), torch.float64).copy_(start()))
+    outside = LatentTable(mapped(tmp_path / "table", (ROWS, DIM), torch.float64, room=room).copy_(start()))
     optimizers = [kind(table.parameters()) for table in (inside, outside)]
     for table, optimizer in zip((inside, outside), optimizers, strict=True):
         train(optimizer, table, index)
         optimizer.end_epoch()
     assert torch.equal(inside.z, outside.z)
     state = optimizers[1].state[outside.h]
-    assert {p.name for p in tmp_path.iterdir()} == {"table", *(f"table.{name}" for name in state)}
-    on_disk = torch.from_file(str(tmp_path / "table"), size=ROWS * DIM, dtype=torch.float64).view(ROWS, DIM)
-    assert torch.equal(on_disk, inside.z)
+    beside, apart = kind.row_state[:room], {*kind.row_state[room:], *(name for name in state if name == "step")}
+    assert {p.name for p in tmp_path.iterdir()} == {"table", *(f"table.{name}" for name in apart)}
+    size = ROWS * (1 + room) * DIM
+    on_disk = torch.from_file(str(tmp_path / "table"), size=size, dtype=torch.float64).view(ROWS, 1 + room, DIM)
+    for place, tensor in enumerate((inside.z, *(state[name] for name in beside))):
+        assert torch.equal(on_disk[:, place], tensor)
 
     optimizers[1].load_state_dict(optimizers[0].state_dict())
-    assert all(t.untyped_storage().filename == str(tmp_path / f"table.{n}") for n, t in optimizers[1].state[outside.h].items())
+    for name, tensor in optimizers[1].state[outside.h].items():
+        assert tensor.untyped_storage().filename == str(tmp_path / (f"table.{name}" if name in apart else "table"))
+
+
+def test_a_second_optimizer_of_a_table_in_a_file_starts_from_zeros(tmp_path):
+    table, index = LatentTable(mapped(tmp_path / "table", (ROWS, DIM))), batches(3)
+    train(RowAdam(table.parameters()), table, index)
+    assert not any(kept.any() for kept in RowAdam(table.parameters()).state[table.h].values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"])
+def test_a_copy_of_a_table_in_a_file_is_in_memory(copied, tmp_path):
+    table = LatentTable(mapped(tmp_path / "table", (ROWS, DIM)).normal_())
+    train(RowAdam(table.parameters()), table, batches(3))
+    other = copied(table)
+    assert torch.equal(other.h, table.h) and other.h.untyped_storage().filename is None
+    state = RowAdam(other.parameters()).state[other.h]
+    assert all(kept.untyped_storage().filename is None for kept in state.values())
 
 
 def test_a_file_that_does_not_fit_the_disk_is_refused(tmp_path):
@@ -378,7 +399,7 @@ def test_a_kill_in_mid_epoch_loses_nothing_that_the_last_checkpoint_held(tmp_pat
     assert killed.wait() == -signal.SIGKILL and peaceful.wait() == 0
     assert (tmp_path / "killed" / "latest").read_text() == "step_000020\n"
     held = read_tensors(tmp_path / "killed" / "step_000020" / "model.safetensors")["latents.h"]
-    torn = torch.from_file(str(tmp_path / "killed.table"), size=100).view(50, 2)
+    torn = torch.from_file(str(tmp_path / "killed.table"), size=300).view(50, 3, 2)[:, 0]
     assert not torch.equal(torn, held)
     assert torch.equal(load_system(tmp_path / "killed").latents.z, held)
     resumed = run("killed")
