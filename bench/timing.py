@@ -100,11 +100,16 @@ def _kilobytes(status: Path, key: str) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do, measured in this run: bytes read plus written, fp32 FMAs and exps a second."""
+    """What the machine can do, measured in this run: bytes read plus written, fp32 FMAs and exps a second.
+
+    `tape` are the seconds that PyTorch's autograd takes where there is next to nothing to compute: the gradient of one
+    product of two numbers by `torch.autograd.grad`, which no gradient through it can beat.
+    """
 
     bytes: float
     fmas: float
     exps: float
+    tape: float
 
     def bound(self, work: "Work") -> tuple[float, str]:
         """The least time for `work`, and which ceiling sets it."""
@@ -131,8 +136,9 @@ def measure_ceilings(device: str) -> Ceilings:
     side = 8192 if device == "cuda" else 1536
     a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
     x = torch.rand(2**22 if device == "cuda" else 2**17, device=device)
-    y = torch.empty_like(x)
-    calls = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b), "exp": lambda: torch.exp(x, out=y)}
+    y, number = torch.empty_like(x), torch.ones((), device=device, requires_grad=True)
+    calls = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b), "exp": lambda: torch.exp(x, out=y),
+             "tape": lambda: torch.autograd.grad(number * number, number)}
     if device == "cpu" and native.cpp:
         few = np.linspace(-8, 0, 2**13, dtype=np.float32)
         calls["our exp"] = lambda: native.cpp.exp(few)
@@ -140,4 +146,4 @@ def measure_ceilings(device: str) -> Ceilings:
     exps = x.numel() / times["exp"].low
     if "our exp" in times:
         exps = max(exps, torch.get_num_threads() * few.size / times["our exp"].low)
-    return Ceilings(8 * n / times["copy"].low, side**3 / times["gemm"].low, exps)
+    return Ceilings(8 * n / times["copy"].low, side**3 / times["gemm"].low, exps, times["tape"].low)

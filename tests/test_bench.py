@@ -13,7 +13,7 @@ from latent_engine.bench.suite import OURS, run_case
 from latent_engine.bench.table import markdown
 from latent_engine.bench.timing import Ceilings, Work, peak_memory, time_calls
 
-CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9)
+CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9, tape=1e-5)
 
 
 def test_one_case_from_command_line_to_table(tmp_path, capsys):
