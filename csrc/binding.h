@@ -9,13 +9,13 @@
 #endif
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 
 namespace latent_engine {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -58,17 +58,17 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 
 // A contiguous tensor of the type of `like`, or of float64, by the shim's direct call: `stable::new_empty` boxes its
 // arguments, 1 µs more.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, bool is_wide = false) {
-  constexpr int kMaxDims = 8;
+inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, bool is_wide = false) {
+  constexpr int kMaxDims = 64;  // of PyTorch
   int64_t strides[kMaxDims], stride = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+    stride *= std::max<int64_t>(sizes[i], 1);
   }
   is_wide = is_wide || like.scalar_type() == ScalarType::Double;
   const int32_t dtype = is_wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor tensor(handle);
   if (stride >= 1 << 20) advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "binding.h"
+#include "rows.h"
 
 namespace latent_engine {
 namespace {
@@ -13,16 +14,8 @@ namespace {
 constexpr int64_t kWork[kLikelihoods] = {16, 4, 40, 100};  // multiplications a value of each likelihood
 
 template <class T>
-LikelihoodOperand<T> operand(const Tensor& t) {
-  const auto stride = [&](int dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-  return {t.const_data_ptr<T>(), {stride(0), stride(1)}, stride(2)};
-}
-
-// As it is if features lie next to one another.
-Tensor with_dense_features(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t); }
-
-std::optional<Tensor> with_dense_features(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(with_dense_features(*t)) : std::nullopt;
+LikelihoodOperand<T> operand(const Tensor& t, const Rows& rows) {
+  return {t.const_data_ptr<T>(), {rows.strides[0], rows.strides[1]}, rows.strides[2]};
 }
 
 // A power of two of tasks: three of them would keep two threads busy as long as four.
@@ -38,19 +31,26 @@ template <class T>
 struct Call {
   Tensor x, a;
   std::optional<Tensor> b, mask;
-  LikelihoodInputs<T> inputs;
+  LikelihoodInputs<T> inputs{};
   LikelihoodGrid grid;
 
-  Call(const Tensor& x_, const Tensor& a_, const std::optional<Tensor>& b_, const std::optional<Tensor>& mask_, int64_t kind)
-      : x(with_dense_features(x_)), a(with_dense_features(a_)), b(with_dense_features(b_)), mask(with_dense_features(mask_)) {
-    inputs.S = std::max(x.size(0), a.size(0)), inputs.N = std::max(x.size(1), a.size(1)), inputs.P = x.size(2);
-    if (a.size(0) == 0 || x.size(0) == 0) inputs.S = 0;
-    if (a.size(1) == 0 || x.size(1) == 0) inputs.N = 0;
-    inputs.x = operand<T>(x), inputs.a = operand<T>(a);
-    inputs.b = b ? operand<T>(*b) : LikelihoodOperand<T>{};
-    inputs.mask = mask ? operand<bool>(*mask) : LikelihoodOperand<bool>{};
-    inputs.derived = nullptr;
-    inputs.derived_size = b ? round_up(std::max<int64_t>(b->size(2), 1), kLikelihoodPad) : 0;
+  Call(const Tensor& x_, const Tensor& a_, const std::optional<Tensor>& b_, const std::optional<Tensor>& mask_, int64_t kind,
+       int64_t event_dims)
+      : x(with_dense_features(x_, event_dims)),
+        a(with_dense_features(a_, event_dims)),
+        b(with_dense_features(b_, event_dims)),
+        mask(with_dense_features(mask_, event_dims)) {
+    const Rows x_rows(x, event_dims), a_rows(a, event_dims);
+    const auto broadcast = [&](int axis) { return x_rows.sizes[axis] == 1 ? a_rows.sizes[axis] : x_rows.sizes[axis]; };
+    inputs.S = broadcast(0), inputs.N = broadcast(1), inputs.P = x_rows.sizes[2];
+    inputs.x = operand<T>(x, x_rows), inputs.a = operand<T>(a, a_rows);
+    inputs.derived = nullptr, inputs.derived_size = 0;
+    if (b) {
+      const Rows rows(*b, event_dims);
+      inputs.b = operand<T>(*b, rows);
+      inputs.derived_size = round_up(std::max<int64_t>(rows.sizes[2], 1), kLikelihoodPad);
+    }
+    if (mask) inputs.mask = operand<bool>(*mask, Rows(*mask, event_dims));
     grid = cut(inputs.S, inputs.N, inputs.P * kWork[kind]);
   }
 
@@ -60,15 +60,16 @@ struct Call {
 
 template <class T>
 Tensor forward(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask,
-               int64_t kind) {
-  Call<T> call(x, a, b, mask, kind);
+               int64_t kind, int64_t event_dims) {
+  Call<T> call(x, a, b, mask, kind, event_dims);
   Arena<T> arena(Scratch::launch, call.derived());
   const LikelihoodKernels<T>& kernel = kernels<T>().likelihood[kind];
   if (call.derived()) {
     call.inputs.derived = arena.take(call.derived());
     kernel.derive(call.inputs);
   }
-  Tensor log_prob = empty(x, {call.inputs.S, call.inputs.N});
+  const int64_t rows[] = {call.inputs.S, call.inputs.N}, leading = std::max(x.dim(), a.dim()) - event_dims;
+  Tensor log_prob = empty(x, {rows + 2 - leading, rows + 2});
   const LikelihoodForward<T> p{call.inputs, call.grid, log_prob.mutable_data_ptr<T>()};
   for_each_task(call.grid.tasks(), [&](int64_t task) { kernel.forward(p, task); });
   return log_prob;
@@ -93,8 +94,8 @@ void merge(const LikelihoodGradient<T>& gradient, const LikelihoodGrid& grid, in
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& a,
                                             const std::optional<Tensor>& b, const std::optional<Tensor>& mask, int64_t kind,
-                                            bool need_x, bool need_a, bool need_b) {
-  Call<T> call(x, a, b, mask, kind);
+                                            int64_t event_dims, bool need_x, bool need_a, bool need_b) {
+  Call<T> call(x, a, b, mask, kind, event_dims);
   const LikelihoodGrid& grid = call.grid;
   const int64_t S = call.inputs.S, N = call.inputs.N, P = call.inputs.P;
   const Tensor* const arguments[3] = {&x, &a, b ? &*b : nullptr};
@@ -105,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   for (int k = 0; k < 3; ++k) {
     if (!needs[k]) continue;
     const Tensor& t = *arguments[k];
-    outputs[k] = empty(x, {t.size(0), t.size(1), t.size(2)});
-    gradients[k] = {nullptr, nullptr, t.size(0) == S, t.size(1) == N, t.size(2) == P};
+    outputs[k] = empty(x, t.sizes());
+    const Rows rows(t, event_dims);
+    gradients[k] = {nullptr, nullptr, rows.sizes[0] == S, rows.sizes[1] == N, rows.sizes[2] == P};
     if (gradients[k].per_s && gradients[k].per_n && gradients[k].per_p)
       gradients[k].full = outputs[k].mutable_data_ptr<T>();
     else
@@ -126,7 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
       gradients[k].partial = reinterpret_cast<double*>(arena.take(width * round_up(partial[k], 16)));
       if (S * N * P == 0) std::fill_n(gradients[k].partial, partial[k], 0.0);  // no block of features will
     }
-  const LikelihoodBackward<T> p{call.inputs, grid, grad.const_data_ptr<T>(), {grad.stride(0), grad.stride(1)},
+  const Rows grad_rows(grad, 0);
+  const LikelihoodBackward<T> p{call.inputs, grid, grad.const_data_ptr<T>(), {grad_rows.strides[0], grad_rows.strides[1]},
                                 {gradients[0], gradients[1], gradients[2]}};
   for_each_task(grid.tasks(), [&](int64_t task) { kernel.backward(p, task); });
   for (int k = 0; k < 3; ++k)
@@ -135,16 +138,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 }
 
 Tensor likelihood_fwd(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask,
-                      int64_t kind) {
+                      int64_t kind, int64_t event_dims) {
   const auto f = x.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  return f(x, a, b, mask, kind);
+  return f(x, a, b, mask, kind, event_dims);
 }
 
 std::tuple<Tensor, Tensor, Tensor> likelihood_bwd(const Tensor& grad, const Tensor& x, const Tensor& a,
                                                   const std::optional<Tensor>& b, const std::optional<Tensor>& mask,
-                                                  int64_t kind, bool need_x, bool need_a, bool need_b) {
+                                                  int64_t kind, int64_t event_dims, bool need_x, bool need_a, bool need_b) {
   const auto f = x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  return f(grad, x, a, b, mask, kind, need_x, need_a, need_b);
+  return f(grad, x, a, b, mask, kind, event_dims, need_x, need_a, need_b);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {

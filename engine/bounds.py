@@ -73,7 +73,7 @@ def mean_over_samples(values: Tensor) -> Tensor:
 
 def mean_kl(kl: Tensor) -> Tensor:
     """Mean over rows: `[N]` or `[N, D]`, summed over dimensions -> a scalar."""
-    return kl.sum() / len(kl)
+    return kl.sum() / kl.size(0)
 
 
 def free_bits(kl: Tensor, nats: float) -> Tensor:

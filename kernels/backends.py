@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -57,9 +58,16 @@ class Op:
     primitive: str
     support: dict[str, Support]
     missing: dict[str, str | None] = field(init=False)
+    unlimited: dict[tuple[str, torch.dtype], str] = field(init=False)  # automatic choices that no size can change
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "missing", {b: native.missing(b, self.primitive) for b in self.support})
+        object.__setattr__(self, "unlimited", {})
+        for backend, support in reversed(self.support.items()):
+            for key in () if self.missing[backend] else product(support.devices, support.dtypes):
+                self.unlimited.pop(key, None)
+                if support.max_dim is None and support.max_scales is None:
+                    self.unlimited[key] = backend
 
     def rejection(self, backend: str, x: Tensor, scales: int = 0) -> str | None:
         """Why `backend` cannot serve a call whose first tensor is `x`, or None if it can."""
@@ -77,6 +85,8 @@ class Op:
         """The backend for a call whose first tensor is `x`; raises `BackendError` if a forced one cannot serve it."""
         forced = backend or _forced
         if forced is None:
+            if (chosen := self.unlimited.get((x.device.type, x.dtype))) is not None:
+                return chosen
             for name in self.support:
                 # The Triton interpreter is for tests: it serves CPU tensors only when asked for by name.
                 if self.rejection(name, x, scales) is None and not (name == "triton" and x.device.type == "cpu"):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
+_WORKING = frozenset(FULL)  # has no == to ask of a dtype of NumPy
 
 
 def checked_floats(op: str, like: str, **tensors: Tensor) -> tuple[Tensor, ...]:
@@ -14,23 +15,24 @@ def checked_floats(op: str, like: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     read it as it is.
     """
     given = tuple(tensors.values())
-    if _are_alike(given):
+    if are_alike(given):
         return given
     tensors = _working_precision(op, tensors)
     check_floats(op, like, tensors)
     return tuple(tensors.values())
 
 
-def _are_alike(tensors: tuple[Tensor, ...]) -> bool:
-    """float32 or float64 all, on one device and outside autocast: the usual call, with nothing to convert or to complain of."""
-    first, *others = tensors
-    if torch._C._is_any_autocast_enabled() or not isinstance(first, Tensor) or first.dtype not in FULL:
+def are_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """float32 or float64 all, on one device and outside autocast: the usual call, with nothing to convert or to complain of.
+
+    What is cheap to run in here counts: between the layers of a network little of Python is left in the caches.
+    """
+    try:
+        kinds = [(t.dtype, t.device) for t in tensors]
+    except AttributeError:
         return False
-    dtype, device = first.dtype, first.device
-    for tensor in others:
-        if not isinstance(tensor, Tensor) or tensor.dtype is not dtype or tensor.device != device:
-            return False
-    return True
+    first = kinds[0]
+    return kinds.count(first) == len(kinds) and first[0] in _WORKING and not torch._C._is_any_autocast_enabled()
 
 
 def _working_precision(op: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

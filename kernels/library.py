@@ -104,11 +104,6 @@ class Differentiable:
         return forward_op, Function, super(torch.autograd.Function, Function).apply
 
 
-def is_eager() -> bool:
-    """Whether the call is neither traced by torch.compile nor under a transform of torch.func."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-
-
 def reference_gradients(reference: Callable, tensors: Sequence[Tensor], needs: Sequence[bool],
                         grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Differentiable gradients of `reference(*tensors)`, for double backward: one for each True in `needs`, else None.

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_data, checked_floats
-from .library import Differentiable, Primitive, is_eager, reference_gradients
+from .checks import HALF, are_alike, check_data, checked_floats
+from .library import Differentiable, Primitive, reference_gradients
 from .reference import likelihood as reference
 
 BERNOULLI, GAUSSIAN, DISCRETIZED_LOGISTIC, NEGATIVE_BINOMIAL = range(4)
+PARAMETERS = ("logits",), ("mean", "log_var"), ("mean", "log_scale"), ("mean", "log_dispersion")
 
 
 def bernoulli_log_prob(x: Tensor, logits: Tensor, *, mask: Tensor | None = None, event_dims: int = 1,
@@ -60,7 +61,7 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor, *, mask: Tensor | None = None,
     >>> bernoulli_log_prob(torch.tensor([1.0, 0.0]), torch.zeros(3, 2))
     tensor([-1.3863, -1.3863, -1.3863])
     """
-    return _log_prob(BERNOULLI, {"x": x, "logits": logits}, mask, event_dims, backend)
+    return _log_prob(BERNOULLI, x, logits, None, mask, event_dims, backend)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_var: Tensor, *, mask: Tensor | None = None, event_dims: int = 1,
@@ -79,7 +80,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_var: Tensor, *, mask: Tensor 
     >>> gaussian_log_prob(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor(0.0))
     tensor([-2.7568, -2.7568])
     """
-    return _log_prob(GAUSSIAN, {"x": x, "mean": mean, "log_var": log_var}, mask, event_dims, backend)
+    return _log_prob(GAUSSIAN, x, mean, log_var, mask, event_dims, backend)
 
 
 def discretized_logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor, *, mask: Tensor | None = None,
@@ -102,7 +103,7 @@ def discretized_logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor, *,
     tensor([-2.6208])
     """
     check_data("discretized_logistic_log_prob", "x", x)
-    return _log_prob(DISCRETIZED_LOGISTIC, {"x": x, "mean": mean, "log_scale": log_scale}, mask, event_dims, backend)
+    return _log_prob(DISCRETIZED_LOGISTIC, x, mean, log_scale, mask, event_dims, backend)
 
 
 def negative_binomial_log_prob(x: Tensor, mean: Tensor, log_dispersion: Tensor, *, mask: Tensor | None = None,
@@ -125,8 +126,7 @@ def negative_binomial_log_prob(x: Tensor, mean: Tensor, log_dispersion: Tensor, 
     tensor(-3.4657)
     """
     check_data("negative_binomial_log_prob", "x", x)
-    tensors = {"x": x, "mean": mean, "log_dispersion": log_dispersion}
-    return _log_prob(NEGATIVE_BINOMIAL, tensors, mask, event_dims, backend)
+    return _log_prob(NEGATIVE_BINOMIAL, x, mean, log_dispersion, mask, event_dims, backend)
 
 
 def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, mask: Tensor | None = None) -> Tensor:
@@ -159,24 +159,24 @@ def gaussian_variance(x: Tensor, mean: Tensor, shape: tuple[int, ...] = (), *, m
     return reference.gaussian_variance(x, mean, mask, shape)
 
 
-def _log_prob(kind: int, tensors: dict[str, Tensor], mask: Tensor | None, event_dims: int, backend: str | None) -> Tensor:
-    op = OPS[kind]
+def _log_prob(kind: int, x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, event_dims: int,
+              backend: str | None) -> Tensor:
+    op, tensors = OPS[kind], (a, x) if kind == BERNOULLI else (a, x, b)
     if not isinstance(event_dims, int):
         raise TypeError(f"{op.name}: event_dims must be an integer, given {event_dims!r}.")
-    names, (_, a, *_) = tuple(tensors), tensors.values()
-    a, x, *rest = checked_floats(op.name, "x", **{names[1]: a, **tensors})
+    if not are_alike(tensors):
+        first, *others = PARAMETERS[kind]
+        a, x, *rest = checked_floats(op.name, "x", **dict(zip((first, "x", *others), tensors, strict=True)))
+        b = rest[0] if rest else None
     if mask is not None:
         _check_mask(op.name, mask, x)
-    name, b, usual = op.choose(a, backend), rest[0] if rest else None, _is_usual(x, a, (*rest, mask), event_dims)
-    if usual and name != "reference" and torch.is_grad_enabled() and is_eager():
-        return _unfolded(name, x, a, b, mask, kind, event_dims)
-    batch = a.shape[:a.dim() - event_dims]
-    if usual:
-        x, a, b, mask = _as_rows((x, a, b, mask), event_dims)
-    else:
-        x, a, b, mask, batch = _rows(op.name, dict(zip(names, (x, a, *rest), strict=True)), mask, event_dims)
-    log_prob = _reference(x, a, b, mask, kind) if name == "reference" else _likelihood(name, x, a, b, mask, kind)
-    return log_prob if log_prob.shape == batch else log_prob.reshape(batch)
+    name, batch = op.choose(a, backend), None
+    if not _is_usual(x, a, b, mask, event_dims):
+        x, a, b, mask, batch = _rows(op.name, kind, x, a, b, mask, event_dims)
+        event_dims = 1
+    arguments = x, a, b, mask, kind, event_dims
+    log_prob = _reference(*arguments) if name == "reference" else _likelihood(name, *arguments)
+    return log_prob if batch is None else log_prob.reshape(batch)
 
 
 def _check_mask(op: str, mask: Tensor, x: Tensor) -> None:
@@ -188,10 +188,11 @@ def _check_mask(op: str, mask: Tensor, x: Tensor) -> None:
                          f"e.g. mask.to({x.device}).")
 
 
-def _rows(op: str, tensors: dict[str, Tensor], mask: Tensor | None,
-          event_dims: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
+def _rows(op: str, kind: int, x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, event_dims: int,
+          ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
     """x, a, b and mask as [S, N, P], in which each size is that of all or 1, and the leading axes of the result."""
-    given = {**tensors, "mask": mask} if mask is not None else tensors
+    names = ("x", *PARAMETERS[kind], "mask")
+    given = {name: t for name, t in zip(names, (x, a, mask) if b is None else (x, a, b, mask), strict=True) if t is not None}
     shape = _common_shape(op, given, event_dims)
     batch = len(shape) - event_dims
     padded = [t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t for t in given.values()]
@@ -205,28 +206,28 @@ def _rows(op: str, tensors: dict[str, Tensor], mask: Tensor | None,
     return folded[0], folded[1], folded[2] if len(folded) > 2 else None, mask, shape[:batch]
 
 
-def _is_usual(x: Tensor, a: Tensor, others: Sequence[Tensor | None], event_dims: int) -> bool:
+def _is_usual(x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, event_dims: int) -> bool:
     """Whether `a` has all axes, up to two of them leading, `x` its last ones, and each of the others its last ones or none.
 
     Such a call needs none of the general checks of shapes.
     """
-    shape, dim = a.shape, a.dim()
-    if not (0 < event_dims <= x.dim() and dim - event_dims <= 2 and x.shape == shape[dim - x.dim():]):
-        return False
-    return all(t is None or t.dim() == 0 or (t.dim() >= event_dims and t.shape == shape[dim - t.dim():]) for t in others)
+    dim = a.dim()
+    return (0 < event_dims <= x.dim() and dim - event_dims <= 2 and x.shape == a.shape[dim - x.dim():]
+            and (b is None or _is_suffix(b, a, event_dims)) and (mask is None or _is_suffix(mask, a, event_dims)))
 
 
-def _as_rows(tensors: Sequence[Tensor | None], event_dims: int) -> list[Tensor | None]:
-    """Those of a usual call as [S, N, P], and those that are as they are, with `event_dims` 1."""
-    features = math.prod(tensors[0].shape[-event_dims:])
+def _is_suffix(t: Tensor, a: Tensor, event_dims: int) -> bool:
+    return t.dim() == 0 or (t.dim() >= event_dims and t.shape == a.shape[a.dim() - t.dim():])
 
-    def fold(t):
-        leading = t.dim() - event_dims
-        if leading == 1:
-            return t.reshape(1, t.size(0), features)
-        return t.flatten(2) if leading == 2 else t.reshape(1, 1, t.numel())
 
-    return [t if t is None else fold(t) for t in tensors]
+def as_rows(tensors: Sequence[Tensor | None], event_dims: int) -> list[Tensor | None]:
+    """Those of the primitives as [S, N, P]."""
+    return [t if t is None else t.reshape(_row_shape(t.shape, event_dims)) for t in tensors]
+
+
+def _row_shape(shape: torch.Size, event_dims: int) -> tuple[int, ...]:
+    leading = shape[:max(len(shape) - event_dims, 0)]
+    return (1,) * (2 - len(leading)) + leading + (shape[len(leading):].numel(),)
 
 
 def _common_shape(op: str, tensors: dict[str, Tensor], event_dims: int) -> torch.Size:
@@ -266,21 +267,24 @@ def _fold(t: Tensor, shape: torch.Size, spans: Sequence[tuple[int, int]]) -> Ten
     return t if list(t.shape) == folded else t.reshape(folded)
 
 
-def _fake_fwd(x, a, b, mask, kind):
-    S, N, _ = torch.broadcast_shapes(x.shape, a.shape)
-    return x.new_empty(S, N)
+def _fake_fwd(x, a, b, mask, kind, event_dims):
+    shape = torch.broadcast_shapes(x.shape, a.shape)
+    return x.new_empty(shape[:len(shape) - event_dims])
 
 
-def _fake_bwd(grad, x, a, b, mask, kind, need_x, need_a, need_b):
+def _fake_bwd(grad, x, a, b, mask, kind, event_dims, need_x, need_a, need_b):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
                  for t, need in ((x, need_x), (a, need_a), (b, need_b)))
 
 
-# x, a, b, mask: [S, N, P] with sizes of 1 where they are broadcast, x and a with all of P; b is None for likelihoods of one
-# parameter. `kind` is an index of OPS. Gradients not needed come back empty.
-FWD = Primitive("likelihood", "likelihood_fwd", "(Tensor x, Tensor a, Tensor? b, Tensor? mask, int kind) -> Tensor", _fake_fwd)
+# The last `event_dims` axes of x, a, b and mask are features [P]; up to two axes before them are samples and rows [S, N].
+# Either all tensors are [S, N, P], with sizes of 1 where they are broadcast, or a has all axes, x its last ones, b and mask
+# their last ones or none. x and a have all features; b is None for likelihoods of one parameter. `kind` is an index of OPS.
+# Gradients not needed come back empty.
+FWD = Primitive("likelihood", "likelihood_fwd", "(Tensor x, Tensor a, Tensor? b, Tensor? mask, int kind, int event_dims) -> "
+                "Tensor", _fake_fwd)
 BWD = Primitive("likelihood", "likelihood_bwd", "(Tensor grad, Tensor x, Tensor a, Tensor? b, Tensor? mask, int kind, "
-                "bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)", _fake_bwd)
+                "int event_dims, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)", _fake_bwd)
 
 # On CPU the half-precision arguments reach the kernels as float32.
 SUPPORT = {
@@ -292,63 +296,48 @@ OPS = tuple(register(Op(f.__name__, "likelihood_fwd", SUPPORT)) for f in (
     bernoulli_log_prob, gaussian_log_prob, discretized_logistic_log_prob, negative_binomial_log_prob))
 
 
-def _reference(x, a, b, mask, kind):
-    return reference.log_prob(x, a.to(x.dtype), b, mask, kind)
+def _reference(x, a, b, mask, kind, event_dims):
+    leading = max(x.dim(), a.dim()) - event_dims
+    log_prob = reference.log_prob(*as_rows((x, a.to(x.dtype), b, mask), event_dims), kind)
+    return log_prob.reshape(log_prob.shape[2 - leading:])
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.kind = inputs
+    *tensors, ctx.kind, ctx.event_dims = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, bwd, grad):
-    return *_backward(bwd, ctx.saved_tensors, ctx.needs_input_grad[:3], grad, ctx.kind, 1), None, None
-
-
-def _backward(bwd, tensors, needs, grad, kind, event_dims):
-    """Gradients of x, a and b, None where not needed."""
+    (x, a, b, mask), (*needs, _, _, _) = ctx.saved_tensors, ctx.needs_input_grad
     if torch.is_grad_enabled():  # double backward
         def log_prob(*differentiable):
-            return _reference(*_as_rows((*differentiable, tensors[3]), event_dims), kind).reshape(grad.shape)
+            return _reference(*differentiable, mask, ctx.kind, ctx.event_dims)
 
-        return reference_gradients(log_prob, tensors[:3], needs, (grad,))
-    found = bwd(grad.reshape((1,) * (2 - grad.dim()) + grad.shape), *_as_rows(tensors, event_dims), kind, *needs)
-    return tuple(g.reshape(t.shape) if need else None for g, t, need in zip(found, tensors, needs, strict=False))
-
-
-class _Unfolded(torch.autograd.Function):
-    """The usual eager call, folded below autograd: for small inputs a node for each view costs as much as the kernel."""
-
-    @staticmethod
-    def forward(ctx, backend, x, a, b, mask, kind, event_dims):
-        ctx.save_for_backward(x, a, b, mask)
-        ctx.backend, ctx.kind, ctx.event_dims = backend, kind, event_dims
-        with torch._C._AutoDispatchBelowAutograd():
-            return FWD(backend, *_as_rows((x, a, b, mask), event_dims), kind).reshape(a.shape[:a.dim() - event_dims])
-
-    @staticmethod
-    def backward(ctx, grad):
-        bwd = BWD.triton if ctx.backend == "triton" else BWD.compiled
-        found = _backward(bwd, ctx.saved_tensors, ctx.needs_input_grad[1:4], grad, ctx.kind, ctx.event_dims)
-        return None, *found, None, None, None
+        return *reference_gradients(log_prob, (x, a, b), needs, (grad,)), None, None, None
+    need_x, need_a, need_b = needs
+    dx, da, db = bwd(grad, x, a, b, mask, ctx.kind, ctx.event_dims, need_x, need_a, need_b)
+    return dx if need_x else None, da if need_a else None, db if need_b else None, None, None, None
 
 
-_unfolded = super(torch.autograd.Function, _Unfolded).apply  # as in library.Differentiable
-
-
-def _vmap(call, info, in_dims, x, a, b, mask, kind):
+def _vmap(call, info, in_dims, x, a, b, mask, kind, event_dims):
     """A batch axis joins the samples."""
-    pairs = [(t, d) for t, d in zip((x, a, b, mask), in_dims, strict=False)]
-    S = max(t.movedim(d, 0).shape[1] if d is not None else t.shape[0] for t, d in pairs if t is not None)
+    pairs = list(zip((x, a, b, mask), in_dims, strict=False))
+    leading = max(t.dim() - (dim is not None) for t, dim in pairs[:2]) - event_dims
 
-    def fold(t, dim):
-        if t is None or (dim is None and t.shape[0] == 1):
-            return t
-        t = t.movedim(dim, 0) if dim is not None else t[None]
-        return t.expand(info.batch_size, S, *t.shape[2:]).flatten(0, 1)
+    def rows(t, dim):
+        if t is not None:
+            t = t[None] if dim is None else t.movedim(dim, 0)
+            return t.reshape(len(t), *_row_shape(t.shape[1:], event_dims))
 
-    log_prob = call(*(fold(t, d) for t, d in pairs), kind)
-    return log_prob.unflatten(0, (info.batch_size, S)), 0
+    folded = [rows(t, dim) for t, dim in pairs]
+    S = max(t.shape[1] for t in folded[:2])
+
+    def join(t):
+        if t is not None:
+            return t[0] if t.shape[:2] == (1, 1) else t.expand(info.batch_size, S, *t.shape[2:]).flatten(0, 1)
+
+    log_prob = call(*map(join, folded), kind, 1).unflatten(0, (info.batch_size, S))
+    return log_prob.reshape(info.batch_size, *log_prob.shape[3 - leading:]), 0
 
 
 _likelihood = Differentiable(FWD, BWD, _save, _gradients, _vmap)

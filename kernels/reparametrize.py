@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_data, check_shape, checked_floats
+from .checks import HALF, are_alike, check_data, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import reparametrize as reference
 
@@ -49,8 +49,9 @@ def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor, *, backend: str 
     (tensor([[1., 3.]]), tensor([[0.5000, 0.5000]]))
     """
     op = "reparametrize"
+    if not are_alike((mean, log_var, noise)):
+        mean, log_var, noise = checked_floats(op, "log_var", mean=mean, log_var=log_var, noise=noise)
     check_data(op, "noise", noise)
-    mean, log_var, noise = checked_floats(op, "log_var", mean=mean, log_var=log_var, noise=noise)
     shape, shape_of_z = mean.shape, noise.shape
     if log_var.shape != shape:
         check_shape(op, "log_var", log_var, tuple(shape), "that of mean")

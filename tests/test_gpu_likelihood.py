@@ -51,8 +51,9 @@ class Interpreter:
     def run(self, kind, x, a, b, mask, grad, backwards):
         from latent_engine.kernels.triton import likelihood
 
-        value = likelihood.likelihood_fwd(x, a, b, mask, kind)
-        return [value, *likelihood.likelihood_bwd(grad, x, a, b, mask, kind, True, True, b is not None)][:3 + (b is not None)]
+        value = likelihood.likelihood_fwd(x, a, b, mask, kind, 1)
+        gradients = likelihood.likelihood_bwd(grad, x, a, b, mask, kind, 1, True, True, b is not None)
+        return [value, *gradients][:3 + (b is not None)]
 
 
 @pytest.fixture(scope="module", params=["cuda", "triton"])

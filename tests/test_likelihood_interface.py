@@ -36,14 +36,17 @@ def test_gradcheck_once_and_twice(kind, backend):
 @pytest.mark.parametrize("grad", [False, True], ids=["frozen", "trained"])
 def test_opcheck(kind, grad):
     ops = torch.ops.latent_engine
-    inputs = [t.reshape((1,) * (3 - t.dim()) + t.shape) for t in draw(kind, 2, 3, 5, shared=(5,))]
-    x, *parameters = inputs
+    x, *parameters = draw(kind, 2, 3, 5, shared=(5,))
     parameters = [t.requires_grad_(grad) for t in parameters] + [None] * (2 - len(parameters))
-    for mask in (None, torch.rand(1, 3, 5) < 0.7):
-        torch.library.opcheck(ops.likelihood_fwd.default, (x, *parameters, mask, kind))
     detached = [None if t is None else t.detach() for t in parameters]
+    for mask in (None, torch.rand(3, 5) < 0.7):
+        tensors = (x, *parameters, mask)
+        folded = [None if t is None else t.reshape((1,) * (3 - t.dim()) + t.shape) for t in tensors]
+        images = [None if t is None else t.unflatten(-1, (1, 5, 1)) for t in tensors]
+        for inputs, event_dims in ((folded, 1), (tensors, 1), (images, 3)):
+            torch.library.opcheck(ops.likelihood_fwd.default, (*inputs, kind, event_dims))
     for needs in ((kind == 0, True, kind > 0), (False, True, False)):
-        torch.library.opcheck(ops.likelihood_bwd.default, (torch.ones(2, 3), x, *detached, None, kind, *needs))
+        torch.library.opcheck(ops.likelihood_bwd.default, (torch.ones(2, 3), x, *detached, None, kind, 1, *needs))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

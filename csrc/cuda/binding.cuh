@@ -1,7 +1,6 @@
 // What the bindings of CUDA ops share: tensors of the stable ABI and the current stream.
 #pragma once
 
-#include <initializer_list>
 #include <vector>
 
 #include <cuda_runtime.h>
@@ -15,6 +14,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace latent_engine {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -25,8 +25,8 @@ inline cudaStream_t current_stream(const char* op, const Tensor& like) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type = ScalarType::Float) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type = ScalarType::Float) {
+  return torch::stable::new_empty(like, sizes, type);
 }
 
 inline const float* floats(const char* op, const Tensor& t) {

@@ -9,6 +9,7 @@
 
 #include "binding.cuh"
 #include "likelihood.cuh"
+#include "rows.h"
 
 namespace latent_engine {
 namespace {
@@ -18,18 +19,30 @@ constexpr const char* OP = "likelihood";
 // The arguments that both primitives share, and the tensors that must live until every kernel is in the stream.
 class Call {
  public:
-  Call(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask)
+  Call(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask, int64_t event_dims)
       : guard_(a.get_device_index()), stream(current_stream(OP, a)), like_(x) {
+    const auto dense = [&](const Tensor& t) -> const Tensor& {
+      return kept_.emplace_back(with_dense_features(t, event_dims));
+    };
     const Tensor &dense_x = dense(x), &dense_a = dense(a);
+    const Rows x_rows(dense_x, event_dims), a_rows(dense_a, event_dims);
     problem.x = floats(OP, dense_x);
     problem.a = dense_a.const_data_ptr();
     problem.a_type = element_type(OP, a);
-    problem.b = b ? floats(OP, *b) : nullptr;
-    problem.mask = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-    problem.S = broadcast(x, a, 0), problem.N = broadcast(x, a, 1), problem.P = x.size(2);
-    set_strides(dense_x, problem.x_strides, 2), set_strides(dense_a, problem.a_strides, 2);
-    if (b) set_strides(*b, problem.b_strides, 3);
-    if (mask) set_strides(*mask, problem.mask_strides, 3);
+    std::copy_n(x_rows.strides, 2, problem.x_strides);
+    std::copy_n(a_rows.strides, 2, problem.a_strides);
+    if (b) {
+      const Tensor& dense_b = dense(*b);
+      problem.b = floats(OP, dense_b);
+      std::copy_n(Rows(dense_b, event_dims).strides, 3, problem.b_strides);
+    }
+    if (mask) {
+      const Tensor& dense_mask = dense(*mask);
+      problem.mask = static_cast<const bool*>(dense_mask.const_data_ptr());
+      std::copy_n(Rows(dense_mask, event_dims).strides, 3, problem.mask_strides);
+    }
+    const auto broadcast = [&](int axis) { return x_rows.sizes[axis] == 1 ? a_rows.sizes[axis] : x_rows.sizes[axis]; };
+    problem.S = broadcast(0), problem.N = broadcast(1), problem.P = x_rows.sizes[2];
   }
 
   const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
@@ -39,14 +52,6 @@ class Call {
   }
 
  private:
-  static int64_t broadcast(const Tensor& x, const Tensor& a, int dim) { return x.size(dim) == 1 ? a.size(dim) : x.size(dim); }
-
-  const Tensor& dense(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ? kept_.emplace_back(t) : keep(t); }
-
-  static void set_strides(const Tensor& t, int64_t* strides, int count) {
-    for (int i = 0; i < count; ++i) strides[i] = t.size(i) == 1 ? 0 : t.stride(i);
-  }
-
   torch::stable::accelerator::DeviceGuard guard_;
 
  public:
@@ -58,17 +63,19 @@ class Call {
   std::deque<Tensor> kept_;  // references to its elements stay valid
 };
 
-Tensor likelihood_fwd(Tensor x, Tensor a, std::optional<Tensor> b, std::optional<Tensor> mask, int64_t kind) {
-  Call call(x, a, b, mask);
-  Tensor log_prob = empty(x, {call.problem.S, call.problem.N});
+Tensor likelihood_fwd(Tensor x, Tensor a, std::optional<Tensor> b, std::optional<Tensor> mask, int64_t kind,
+                      int64_t event_dims) {
+  Call call(x, a, b, mask, event_dims);
+  const int64_t rows[] = {call.problem.S, call.problem.N}, leading = std::max(x.dim(), a.dim()) - event_dims;
+  Tensor log_prob = empty(x, {rows + 2 - leading, rows + 2});
   likelihood::forward(call.problem, kind, output(log_prob), call.stream);
   return log_prob;
 }
 
 std::tuple<Tensor, Tensor, Tensor> likelihood_bwd(Tensor grad, Tensor x, Tensor a, std::optional<Tensor> b,
-                                                  std::optional<Tensor> mask, int64_t kind, bool need_x, bool need_a,
-                                                  bool need_b) {
-  Call call(x, a, b, mask);
+                                                  std::optional<Tensor> mask, int64_t kind, int64_t event_dims, bool need_x,
+                                                  bool need_a, bool need_b) {
+  Call call(x, a, b, mask, event_dims);
   const Tensor* const arguments[3] = {&x, &a, b ? &*b : nullptr};
   const bool needs[3] = {need_x, need_a, need_b};
   Tensor gradients[3] = {empty(x, {0}), empty(x, {0}), empty(x, {0})};
@@ -76,8 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> likelihood_bwd(Tensor grad, Tensor x, Tensor 
   for (int k = 0; k < 3; ++k) {
     if (!needs[k]) continue;
     const Tensor& t = *arguments[k];
-    gradients[k] = empty(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
-    outputs[k] = {gradients[k].mutable_data_ptr(), element_type(OP, t), {t.size(0), t.size(1), t.size(2)}};
+    const Rows rows(t, event_dims);
+    gradients[k] = empty(t, t.sizes(), t.scalar_type());
+    outputs[k] = {gradients[k].mutable_data_ptr(), element_type(OP, t), {rows.sizes[0], rows.sizes[1], rows.sizes[2]}};
   }
   likelihood::backward(call.problem, kind, floats(OP, call.keep(grad)), outputs, call, call.stream);
   return {gradients[0], gradients[1], gradients[2]};

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..likelihood import as_rows
+
 BLOCK = 1024  # features a block
 ROWS = 64  # rows whose gradients are summed before they join the float64 sum
 NUM_WARPS = 4
@@ -261,22 +263,25 @@ class _Call:
         self.options = {"KIND": kind, "HAS_MASK": mask is not None, "BLOCK": self.block, "num_warps": NUM_WARPS}
 
 
-def likelihood_fwd(x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, kind: int) -> Tensor:
+def likelihood_fwd(x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, kind: int, event_dims: int) -> Tensor:
     """The primitive `likelihood_fwd` of kernels/likelihood.py."""
-    call = _Call(x, a, b, mask, kind)
-    out = x.new_empty(call.S, call.N)
+    leading = max(x.dim(), a.dim()) - event_dims
+    call = _Call(*as_rows((x, a, b, mask), event_dims), kind)
+    out = x.new_empty((call.S, call.N)[2 - leading:])
     if out.numel():
         with torch.cuda.device_of(x):
             _forward[(out.numel(),)](*call.tensors, out, call.N, call.P, *call.strides, **call.options)
     return out
 
 
-def likelihood_bwd(grad: Tensor, x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, kind: int, need_x: bool,
-                   need_a: bool, need_b: bool) -> tuple[Tensor, Tensor, Tensor]:
+def likelihood_bwd(grad: Tensor, x: Tensor, a: Tensor, b: Tensor | None, mask: Tensor | None, kind: int, event_dims: int,
+                   need_x: bool, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The primitive `likelihood_bwd` of kernels/likelihood.py."""
-    call = _Call(x, a, b, mask, kind)
+    rows = as_rows((x, a, b, mask), event_dims)
+    call = _Call(*rows, kind)
     S, N, P = call.S, call.N, call.P
-    needed = [t if need else None for t, need in ((x, need_x), (a, need_a), (b, need_b))]
+    grad = grad.expand(S, N) if grad.dim() < 2 else grad
+    needed = [t if need else None for t, need in zip(rows, (need_x, need_a, need_b), strict=False)]
     summed = [t for t in needed if t is not None and t.shape != (S, N, P)]
     # Rows go together in a program where no summed gradient has an entry for each of them.
     n_rows = 1 if any(t.shape[1] == N for t in summed) else min(N, ROWS)
@@ -296,8 +301,8 @@ def likelihood_bwd(grad: Tensor, x: Tensor, a: Tensor, b: Tensor | None, mask: T
             _backward[(s_chunks * n_chunks, blocks)](
                 *call.tensors, grad, *parts, S, N, P, *call.strides, *grad.stride(), s_rows, n_rows, n_chunks,
                 **dict(zip(("MODE_X", "MODE_A", "MODE_B"), modes, strict=True)), **call.options)
-    return tuple(x.new_empty(0) if t is None else part if t.shape == (S, N, P) else _merge(part, t)
-                 for t, part in zip(needed, parts, strict=True))
+    return tuple(x.new_empty(0) if t is None else (part if t.shape == (S, N, P) else _merge(part, t)).view(like.shape)
+                 for t, part, like in zip(needed, parts, (x, a, b), strict=True))
 
 
 def _merge(part: Tensor, like: Tensor) -> Tensor:
