@@ -18,6 +18,7 @@ from torch import Tensor
 from latent_engine import VAE, Data, VAEConfig, load_data
 from latent_engine.bounds import Posterior
 from latent_engine.divergences import mutual_divergence
+from latent_engine.system import Batch
 
 from .report import machine
 from .timing import Timing, time_calls
@@ -44,9 +45,9 @@ def measure(config: VAEConfig, data: Data, batch: int) -> dict[str, Timing]:
     """Seconds of a step "with" and "without" the regularisers, and of the "regularizers" alone."""
     torch.manual_seed(0)
     plain, regularized = VAE.for_data(config, data), VAE.for_data(replace(config, **WEIGHTS), data)
-    x = data.x[:batch]
-    calls = {"with": step(our_loss, regularized, x), "without": step(our_loss, plain, x),
-             "regularizers": regularizers(regularized, x)}
+    rows = Batch(data.x[:batch], torch.arange(batch))
+    calls = {"with": step(our_loss, regularized, rows), "without": step(our_loss, plain, rows),
+             "regularizers": regularizers(regularized, rows.x)}
     for call in calls.values():
         call()
     return time_calls(calls, "cpu", rounds=ROUNDS)

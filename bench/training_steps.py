@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,16 +178,16 @@ class Steps:
         return (self.objective.median - self.noise.median) / self.steps[OURS].median
 
 
-def our_loss(system: System, x: Tensor) -> Tensor:
-    return system.loss(Batch(x, torch.arange(len(x))), "main")["total"]
+def our_loss(system: System, batch: Batch) -> Tensor:
+    return system.loss(batch, "main")["total"]
 
 
-def step(loss: Callable[[System, Tensor], Tensor], system: System, x: Tensor) -> Callable[[], None]:
+def step(loss: Callable[[System, Any], Tensor], system: System, batch: Batch | Tensor) -> Callable[[], None]:
     """A training step as the trainer takes it."""
     optimizers = make_optimizers(system, system.phases())
 
     def run() -> None:
-        loss(system, x).backward()
+        loss(system, batch).backward()
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
@@ -194,32 +195,32 @@ def step(loss: Callable[[System, Tensor], Tensor], system: System, x: Tensor) ->
     return run
 
 
-def objective(system: System, x: Tensor) -> Callable[[], None]:
+def objective(system: System, batch: Batch) -> Callable[[], None]:
     """Our loss and its gradients, from the outputs of all networks."""
     for module in (system, system.prior):
         for name in {"encoder", "decoder"} & dict(module.named_children()).keys():
             setattr(module, name, Given(getattr(module, name)))
 
-    our_loss(system, x)
+    our_loss(system, batch)
     given = [output for module in system.modules() if isinstance(module, Given) for output in module.outputs.values()]
     leaves = [*given, *system.parameters()]
 
     def run() -> None:
-        our_loss(system, x).backward()
+        our_loss(system, batch).backward()
         for leaf in leaves:
             leaf.grad = None
 
     return run
 
 
-def systems(preset: str, x: Tensor) -> tuple[System, System]:
+def systems(preset: str, batch: Batch) -> tuple[System, System]:
     """Twice the same system, whose loss is the plain objective's too."""
     torch.manual_seed(0)
-    ours = PRESETS[preset].system(PRESETS[preset].config, x.shape[1:])
+    ours = PRESETS[preset].system(PRESETS[preset].config, batch.x.shape[1:])
     plain, losses = copy.deepcopy(ours), []
-    for loss, system in ((our_loss, ours), (OBJECTIVES[preset], plain)):
+    for loss, system, given in ((our_loss, ours, batch), (OBJECTIVES[preset], plain, batch.x)):
         torch.manual_seed(1)
-        losses.append(loss(system, x).item())
+        losses.append(loss(system, given).item())
     if not math.isclose(*losses, rel_tol=1e-5):
         raise ValueError(f"{preset}: the loss is {losses[0]}, but that of the plain objective {losses[1]}.")
     return ours, plain
@@ -227,10 +228,11 @@ def systems(preset: str, x: Tensor) -> tuple[System, System]:
 
 def measure(preset: str, x: Tensor, pairs: int = PAIRS) -> Steps:
     """Times the steps of a preset on the batch `x` in turns, then the objective and the noise."""
-    ours, plain = systems(preset, x)
+    batch = Batch(x, torch.arange(len(x)))
+    ours, plain = systems(preset, batch)
     samples, dim = ours.config.samples, ours.config.latent_dim
-    parts = {"objective": objective(copy.deepcopy(ours), x), "noise": lambda: torch.randn(samples, len(x), dim)}
-    calls = {OURS: step(our_loss, ours, x), "plain": step(OBJECTIVES[preset], plain, x)}
+    parts = {"objective": objective(copy.deepcopy(ours), batch), "noise": lambda: torch.randn(samples, len(x), dim)}
+    calls = {OURS: step(our_loss, ours, batch), "plain": step(OBJECTIVES[preset], plain, x)}
     for call in (*calls.values(), *parts.values()):
         call()
     return Steps(time_calls(calls, "cpu", rounds=pairs), **time_calls(parts, "cpu", rounds=pairs))

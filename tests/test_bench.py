@@ -12,6 +12,7 @@ from latent_engine.bench.report import ratio, seconds
 from latent_engine.bench.suite import OURS, run_case
 from latent_engine.bench.table import markdown
 from latent_engine.bench.timing import Ceilings, Work, peak_memory, time_calls
+from latent_engine.system import Batch
 
 CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9, tape=1e-5)
 
@@ -41,11 +42,12 @@ def test_wrong_values_are_not_timed():
 @pytest.mark.parametrize("preset", training_steps.OBJECTIVES)
 def test_training_steps_have_the_loss_and_gradients_of_their_plain_objectives(preset):
     x = torch.rand(4, 1, 8, 8).round()
+    batch = Batch(x, torch.arange(4))
+    ours, plain = training_steps.systems(preset, batch)
     gradients = []
-    for loss, system in zip((training_steps.our_loss, training_steps.OBJECTIVES[preset]), training_steps.systems(preset, x),
-                            strict=True):
+    for loss, system, given in ((training_steps.our_loss, ours, batch), (training_steps.OBJECTIVES[preset], plain, x)):
         torch.manual_seed(2)
-        gradients.append(torch.autograd.grad(loss(system, x), list(system.parameters()), materialize_grads=True))
+        gradients.append(torch.autograd.grad(loss(system, given), list(system.parameters()), materialize_grads=True))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
