@@ -1,9 +1,10 @@
 // What the bindings of CUDA ops share: tensors of the stable ABI and the current stream.
 #pragma once
 
-#include <vector>
+#include <deque>
 
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -44,5 +45,27 @@ inline Scalar element_type(const char* op, const Tensor& t) {
     default: STD_TORCH_CHECK(false, op, ": inputs must be float32, bfloat16 or float16 on CUDA.");
   }
 }
+
+// The stream of a call, and the tensors that must live until every kernel is in it: what is freed after that goes only to later
+// work in the stream. The workspace that host functions of kernels ask for floats.
+class Launch {
+ public:
+  // On the device of `on`; the workspace is made like `like`.
+  Launch(const char* op, const Tensor& on, const Tensor& like)
+      : guard_(on.get_device_index()), stream(current_stream(op, on)), like_(like) {}
+
+  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
+  float* operator()(int64_t count) { return output(kept_.emplace_back(empty(like_, {count}))); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+  const cudaStream_t stream;
+
+ private:
+  Tensor like_;
+  std::deque<Tensor> kept_;  // references to its elements stay valid
+};
 
 }  // namespace latent_engine

@@ -2,7 +2,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -11,13 +10,12 @@
 namespace latent_engine {
 namespace {
 
-// The arguments that the primitives share, and the tensors that must live until every kernel is in the stream: what is
-// freed after that goes only to later work in the stream.
-class Call {
+// The arguments that the primitives share.
+class Call : public Launch {
  public:
   Call(const Tensor& z, const Tensor& means, const Tensor& log_vars, const Tensor& log_weights,
        const std::optional<Tensor>& labels, const std::optional<Tensor>& allowed)
-      : guard_(z.get_device_index()), stream(current_stream("gmm_log_prob", z)), like_(means) {
+      : Launch("gmm_log_prob", z, means) {
     problem.z = z.const_data_ptr();
     problem.z_type = element_type("gmm_log_prob", z);
     problem.z_row = z.stride(0), problem.z_col = z.stride(1);
@@ -29,22 +27,7 @@ class Call {
     gmm::prepare_mixture(problem, strided, floats("gmm_log_prob", keep(log_weights)), *this, stream);
   }
 
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
-
-  float* operator()(int64_t count) {
-    return static_cast<float*>(kept_.emplace_back(empty(like_, {count})).mutable_data_ptr());
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  cudaStream_t stream;
   gmm::Problem problem{};
-
- private:
-  Tensor like_;
-  std::vector<Tensor> kept_;
 };
 
 std::tuple<Tensor, std::optional<Tensor>> gmm_fwd(Tensor z, Tensor means, Tensor log_vars, Tensor log_weights,

@@ -3,7 +3,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -14,12 +13,11 @@ namespace {
 
 constexpr const char* kOp = "gmm_full_log_prob";
 
-// The arguments that the primitives share, and the tensors that must live until every kernel is in the stream: what is freed
-// after that goes only to later work in the stream.
-class Call {
+// The arguments that the primitives share.
+class Call : public Launch {
  public:
   Call(const Tensor& z, const Tensor& means, const Tensor& chol, const Tensor& log_weights)
-      : guard_(z.get_device_index()), stream(current_stream(kOp, z)), like_(means) {
+      : Launch(kOp, z, means) {
     STD_TORCH_CHECK(means.size(1) <= gmm_full::MAX_DIM, kOp, ": serves up to ", gmm_full::MAX_DIM, " dimensions on CUDA.");
     problem.z = z.const_data_ptr();
     problem.z_type = element_type(kOp, z);
@@ -29,22 +27,7 @@ class Call {
     gmm_full::prepare_mixture(problem, floats(kOp, keep(log_weights)), *this, stream);
   }
 
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
-
-  float* operator()(int64_t count) {
-    return static_cast<float*>(kept_.emplace_back(empty(like_, {count})).mutable_data_ptr());
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  cudaStream_t stream;
   gmm_full::Problem problem{};
-
- private:
-  Tensor like_;
-  std::vector<Tensor> kept_;
 };
 
 using Moments = std::tuple<Tensor, Tensor, Tensor>;

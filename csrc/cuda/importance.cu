@@ -4,7 +4,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -15,19 +14,12 @@ namespace {
 
 constexpr const char* OP = "importance";
 
-// The stream, and the tensors that must live until every kernel is in it: what is freed after that goes only to later work in
-// the stream.
-class Call {
+class Call : public Launch {
  public:
-  explicit Call(const Tensor& like) : guard_(like.get_device_index()), stream(current_stream(OP, like)), like_(like) {}
+  explicit Call(const Tensor& like) : Launch(OP, like, like) {}
 
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
   const float* values(const Tensor& t) { return floats(OP, keep(t)); }
   const float* values(const std::optional<Tensor>& t) { return t ? values(*t) : nullptr; }
-
-  float* operator()(int64_t count) {
-    return static_cast<float*>(kept_.emplace_back(empty(like_, {count})).mutable_data_ptr());
-  }
 
   importance::Samples samples(const Tensor& z, const Tensor& mu, const Tensor& log_var, bool normal_prior) {
     importance::Samples p{z.const_data_ptr(), element_type(OP, z), z.stride(0), z.stride(1), z.stride(2), z.size(0), z.size(1),
@@ -35,16 +27,6 @@ class Call {
     importance::prepare_posterior(p, floats(OP, log_var), log_var.stride(0), log_var.stride(1), *this, stream);
     return p;
   }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  cudaStream_t stream;
-
- private:
-  Tensor like_;
-  std::vector<Tensor> kept_;
 };
 
 std::tuple<Tensor, Tensor, Tensor> importance_fwd(std::optional<Tensor> z, std::optional<Tensor> mu,

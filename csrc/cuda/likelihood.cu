@@ -1,10 +1,8 @@
 // likelihood_fwd and likelihood_bwd for the CUDA dispatch key; schemas and the meaning of the arguments are in
 // kernels/likelihood.py.
-#include <deque>
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -16,11 +14,11 @@ namespace {
 
 constexpr const char* OP = "likelihood";
 
-// The arguments that both primitives share, and the tensors that must live until every kernel is in the stream.
-class Call {
+// The arguments that both primitives share.
+class Call : public Launch {
  public:
   Call(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask, int64_t event_dims)
-      : guard_(a.get_device_index()), stream(current_stream(OP, a)), like_(x) {
+      : Launch(OP, a, x) {
     const auto dense = [&](const Tensor& t) -> const Tensor& {
       return kept_.emplace_back(with_dense_features(t, event_dims));
     };
@@ -45,22 +43,7 @@ class Call {
     problem.S = broadcast(0), problem.N = broadcast(1), problem.P = x_rows.sizes[2];
   }
 
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
-
-  float* operator()(int64_t count) {
-    return static_cast<float*>(kept_.emplace_back(empty(like_, {count})).mutable_data_ptr());
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  cudaStream_t stream;
   likelihood::Problem problem{};
-
- private:
-  Tensor like_;
-  std::deque<Tensor> kept_;  // references to its elements stay valid
 };
 
 Tensor likelihood_fwd(Tensor x, Tensor a, std::optional<Tensor> b, std::optional<Tensor> mask, int64_t kind,

@@ -3,7 +3,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -14,12 +13,11 @@ namespace {
 
 constexpr const char* OP = "logistic_mixture_log_prob";
 
-// The arguments that both primitives share, and the tensors that must live until every kernel is in the stream: what is
-// freed after that goes only to later work in the stream.
-class Call {
+// The arguments that both primitives share.
+class Call : public Launch {
  public:
   Call(const Tensor& x, const Tensor& params, const std::optional<Tensor>& mask)
-      : guard_(x.get_device_index()), stream(current_stream(OP, x)), like_(x) {
+      : Launch(OP, x, x) {
     problem.x = floats(OP, keep(x));
     problem.params = keep(params).const_data_ptr();
     problem.type = element_type(OP, params);
@@ -28,22 +26,7 @@ class Call {
     problem.K = params.size(1) / problem.rows();
   }
 
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
-
-  float* operator()(int64_t count) {
-    return static_cast<float*>(kept_.emplace_back(empty(like_, {count})).mutable_data_ptr());
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  cudaStream_t stream;
   logistic_mixture::Problem problem{};
-
- private:
-  Tensor like_;
-  std::vector<Tensor> kept_;
 };
 
 std::tuple<Tensor, Tensor> logistic_mixture_fwd(Tensor x, Tensor params, std::optional<Tensor> mask, bool save) {

@@ -2,7 +2,6 @@
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -24,24 +23,20 @@ mmd::Profile profile(int64_t kernel, const Floats& scales, double unit) {
 
 std::tuple<Tensor, Tensor, Tensor> mmd_fwd(Tensor x, Tensor y, int64_t kernel, Floats scales, double unit, int64_t estimator,
                                            Floats sections, bool need_x, bool need_y) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Launch call("mmd2", x, x);
   const int64_t N = x.size(0), M = y.size(0), D = x.size(1);
   Tensor value = empty(x, {}), grad_x = empty(x, {need_x ? N : 0, need_x ? D : 0});
   Tensor grad_y = empty(x, {need_y ? M : 0, need_y ? D : 0});
-  std::vector<Tensor> kept;  // until every kernel is in the stream: what is freed after that goes only to later work in it
-  const auto workspace = [&](int64_t count) {
-    return static_cast<float*>(kept.emplace_back(empty(x, {count})).mutable_data_ptr());
-  };
   const MmdWeights weights(static_cast<MmdKernel>(kernel), scales, static_cast<MmdEstimator>(estimator), sections, N, M);
   mmd::forward(profile(kernel, scales, unit), points(x), points(y), D, weights, output(value),
-               need_x ? output(grad_x) : nullptr, need_y ? output(grad_y) : nullptr, workspace, current_stream("mmd2", x));
+               need_x ? output(grad_x) : nullptr, need_y ? output(grad_y) : nullptr, call, call.stream);
   return {value, grad_x, grad_y};
 }
 
 Tensor mmd_kernel(Tensor x, Tensor y, int64_t kernel, Floats scales, double unit) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Launch call("mmd2", x, x);
   Tensor out = empty(x, {x.size(0), y.size(0)});
-  mmd::matrix(profile(kernel, scales, unit), points(x), points(y), x.size(1), output(out), current_stream("mmd2", x));
+  mmd::matrix(profile(kernel, scales, unit), points(x), points(y), x.size(1), output(out), call.stream);
   return out;
 }
 

@@ -2,7 +2,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -15,8 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd_normal_fwd(Tensor x, std::optional<Tensor
                                                   std::vector<double> weights, std::vector<double> widths, double prior_std,
                                                   bool biased, bool need_x, bool need_log_var) {
   const char* op = "mmd2_to_normal";
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const cudaStream_t stream = current_stream(op, x);
+  const Launch call(op, x, x);
   const int64_t N = x.size(0), D = x.size(1), nodes = rates.size(), count = widths.size();
   const double exponent = std::round(std::log2(prior_std * std::sqrt(double(D))));
   const double squared_unit = std::exp2(-2 * exponent) * D * prior_std * prior_std;  // D σ² in the kernels' units
@@ -32,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd_normal_fwd(Tensor x, std::optional<Tensor
   for (double width : widths) tables.push_back(static_cast<float>(width * squared_unit));
   const Tensor memory = empty(x, {static_cast<int64_t>(tables.size())});
   // From pageable memory the copy returns once the source is read.
-  check(cudaMemcpyAsync(output(memory), tables.data(), tables.size() * sizeof(float), cudaMemcpyHostToDevice, stream));
+  check(cudaMemcpyAsync(output(memory), tables.data(), tables.size() * sizeof(float), cudaMemcpyHostToDevice, call.stream));
 
   Tensor value = empty(x, {}), values = empty(x, {N});
   Tensor dx = empty(x, {gradient ? N : 0, gradient ? D : 0});
@@ -47,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd_normal_fwd(Tensor x, std::optional<Tensor
   p.cross_weight = static_cast<float>(-2.0 / N);
   const mmd_normal::Outputs out{output(values), gradient ? output(dx) : nullptr,
                                 gradient && log_var ? output(dlog_var) : nullptr};
-  mmd_normal::forward(p, out, constant, output(value), stream);
+  mmd_normal::forward(p, out, constant, output(value), call.stream);
   return {value, need_x ? dx : empty(x, {0, 0}), need_log_var ? dlog_var : empty(x, {0, 0})};
 }
 

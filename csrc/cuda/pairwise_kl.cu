@@ -3,7 +3,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -12,29 +11,14 @@
 namespace latent_engine {
 namespace {
 
-// The batch, and the tensors that must live until every kernel is in the stream: what is freed after that goes only to later
-// work in the stream.
-class PairCall {
+class PairCall : public Launch {
  public:
-  PairCall(const char* op, const Tensor& mu, const Tensor& log_var)
-      : guard_(mu.get_device_index()), stream(current_stream(op, mu)), like_(mu) {
+  PairCall(const char* op, const Tensor& mu, const Tensor& log_var) : Launch(op, mu, mu) {
     batch = {floats(op, mu), floats(op, log_var), {mu.stride(0), mu.stride(1)}, {log_var.stride(0), log_var.stride(1)},
              mu.size(0), mu.size(1)};
   }
 
-  float* operator()(int64_t count) { return output(kept_.emplace_back(empty(like_, {count}))); }
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
-  cudaStream_t stream;
   pairwise_kl::Batch batch{};
-
- private:
-  Tensor like_;
-  std::vector<Tensor> kept_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_kl_fwd(Tensor mu, Tensor log_var, bool need_std, bool need_grad) {

@@ -3,7 +3,6 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -30,22 +29,22 @@ reparametrize::Inputs inputs(const Tensor& mean, const Tensor& log_var, const Te
 }
 
 std::tuple<Tensor, Tensor> reparametrize_fwd(Tensor mean, Tensor log_var, Tensor noise) {
-  const torch::stable::accelerator::DeviceGuard guard(mean.get_device_index());
+  const Launch call(OP, mean, mean);
   const reparametrize::Inputs in = inputs(mean, log_var, noise);
   Tensor z = noise.dim() == 3 ? empty(mean, {in.S, in.N, in.D}) : empty(mean, {in.N, in.D}), kl = empty(mean, {in.N, in.D});
-  reparametrize::run_forward(in, output(z), output(kl), current_stream(OP, mean));
+  reparametrize::run_forward(in, output(z), output(kl), call.stream);
   return {z, kl};
 }
 
 std::tuple<Tensor, Tensor> reparametrize_bwd(std::optional<Tensor> grad_z, std::optional<Tensor> grad_kl, Tensor mean,
                                              Tensor log_var, Tensor noise, bool need_mean, bool need_log_var) {
-  const torch::stable::accelerator::DeviceGuard guard(mean.get_device_index());
+  const Launch call(OP, mean, mean);
   const reparametrize::Inputs in = inputs(mean, log_var, noise);
   Tensor dmean = empty(mean, {need_mean ? in.N : 0, need_mean ? in.D : 0}, mean.scalar_type());
   Tensor dlog_var = empty(mean, {need_log_var ? in.N : 0, need_log_var ? in.D : 0});
   const reparametrize::Gradients p{array(grad_z), array(grad_kl), need_mean ? dmean.mutable_data_ptr() : nullptr,
                                    need_log_var ? output(dlog_var) : nullptr};
-  reparametrize::run_backward(in, p, current_stream(OP, mean));
+  reparametrize::run_backward(in, p, call.stream);
   return {dmean, dlog_var};
 }
 

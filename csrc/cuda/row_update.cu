@@ -1,7 +1,6 @@
 // The row updates for the CUDA dispatch key; schemas and the meaning of the arguments are in kernels/row_update.py.
 #include <optional>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "binding.cuh"
@@ -30,20 +29,20 @@ row_update::Moments moments(const char* op, const Tensor& table, const Tensor& e
 void row_sgd_(Tensor table, std::optional<Tensor> velocity, Tensor index, std::optional<Tensor> order, Tensor grad, double lr,
               double momentum, double weight_decay, bool decoupled) {
   const char* op = "row_sgd_";
-  const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
+  const Launch call(op, table, table);
   const row_update::Sgd p{rows(op, table),
                           velocity ? rows(op, *velocity) : row_update::Rows{nullptr, 0},
                           static_cast<float>(lr),
                           static_cast<float>(momentum),
                           static_cast<float>(decoupled ? 0 : weight_decay),
                           static_cast<float>(decoupled ? 1 - lr * weight_decay : 1)};
-  row_update::run_sgd(batch(op, index, order, grad), p, current_stream(op, table));
+  row_update::run_sgd(batch(op, index, order, grad), p, call.stream);
 }
 
 void row_adam_(Tensor table, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor index, std::optional<Tensor> order,
                Tensor grad, double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled) {
   const char* op = "row_adam_";
-  const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
+  const Launch call(op, table, table);
   const row_update::Adam p{moments(op, table, exp_avg, exp_avg_sq, step),
                            lr,
                            beta1,
@@ -51,13 +50,13 @@ void row_adam_(Tensor table, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Ten
                            static_cast<float>(eps),
                            static_cast<float>(decoupled ? 0 : weight_decay),
                            static_cast<float>(decoupled ? 1 - lr * weight_decay : 1)};
-  row_update::run_adam(batch(op, index, order, grad), p, current_stream(op, table));
+  row_update::run_adam(batch(op, index, order, grad), p, call.stream);
 }
 
 void row_catch_up_(Tensor table, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, std::optional<Tensor> index, Tensor history,
                    int64_t now, double beta1, double beta2, double eps, int64_t terms) {
   const char* op = "row_catch_up_";
-  const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
+  const Launch call(op, table, table);
   const int64_t count = index ? index->size(0) : table.size(0), stride = history.stride(0);
   const double* const rates = history.const_data_ptr<double>();
   const row_update::CatchUp p{moments(op, table, exp_avg, exp_avg_sq, step),
@@ -71,7 +70,7 @@ void row_catch_up_(Tensor table, Tensor exp_avg, Tensor exp_avg_sq, Tensor step,
                               beta2,
                               static_cast<float>(eps)};
   const row_update::Batch rows(count, table.size(1), index ? positions(*index) : nullptr, nullptr, nullptr, 0);
-  row_update::run_catch_up(rows, p, current_stream(op, table));
+  row_update::run_catch_up(rows, p, call.stream);
 }
 
 }  // namespace
