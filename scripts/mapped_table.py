@@ -3,7 +3,8 @@
     python scripts/mapped_table.py FOLDER [--rows 10000000] [--dim 64] [--steps 300] [--memory 1.5]
 
 10⁷ rows of 64 dimensions and their state are 7.7 GB in FOLDER, which are deleted at the end. `--memory` is the limit in GB on
-what the process may allocate (RLIMIT_DATA; pages of the files belong to the system, which writes them back to make room).
+what the process may allocate (RLIMIT_DATA; pages of the files belong to the system, which writes them back to make room). A
+limit that counts these pages too is that of a control group, e.g. by `systemd-run --scope -p MemoryMax=2G python scripts/...`.
 The loss pulls each row to a point of its own, so that the result is checked too.
 """
 
