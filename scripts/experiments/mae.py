@@ -93,6 +93,7 @@ def table(results: dict[str, dict]) -> str:
     for name, (setting, published, published_clusters) in ROWS.items():
         found = [results[key] for key, own in SETTINGS.items() if replace(own, seed=0) == setting]
         columns = [over_seeds([r[key] for r in found], digits) for key, digits in FORMATS.items()]
+        published = (*(f"{value:.2f}" for value in published[:2]), *published[2:])
         likelihoods.append([name, f"{-_log_px(found).mean():.2f}", _lead(results, setting, found), *columns, *published])
         if setting.data == "mnist":
             percent = [100 * np.mean([r[measure][0] for r in found]) for measure in MEASURES]
