@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["iwae", "frey_faces", "gamma", "kappa", "two_stage", "mae", "natural_images"])
+@pytest.mark.parametrize("name", ["iwae", "frey_faces", "gamma", "kappa", "two_stage", "mae", "natural_images", "vamp_prior"])
 def test_the_page_shows_the_results(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "experiments")
     experiment, harness = importlib.import_module(name), importlib.import_module("harness")
