@@ -17,6 +17,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +52,9 @@ def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtyp
     """A tensor `[N, D]` of zeros in a memory-mapped file, made anew: fill it in place, and start a `LatentTable` from it.
 
     Args:
-        room: so many rows more have room beside each row, in the same pages of the file. A row optimizer keeps its state
-            there: `RowSGD` needs 1, `RowAdam` and `CatchUpAdam` 2, `EpochAdam` 3. What finds no room is in files of its own,
-            `<path>.exp_avg` for instance, and costs reads of the disk of its own.
+        room: so many rows more have room beside each row, in the same pages of the file. The first row optimizer of the table
+            keeps its state there: `RowSGD` needs 1, `RowAdam` and `CatchUpAdam` 2, `EpochAdam` 3. What finds no room is in
+            files of its own, `<path>.exp_avg` for instance, and costs reads of the disk of its own.
 
     The files are working memory: after a crash they hold rows of any age, and a checkpoint, which is a copy, is what a run
     continues from.
@@ -69,6 +70,7 @@ def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtyp
 
 def _map_file(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    Path(path).unlink(missing_ok=True)  # what is mapped from a file of that name stays as it is
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, empty.nbytes)
@@ -86,12 +88,10 @@ def _file(tensor: Tensor) -> str | None:
 
 
 def _state_like(param: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Zeros like `param`, by name; of a mapped parameter beside its rows while there is room there, else mapped too."""
+    """Zeros like `param`, by name; of a mapped parameter in the room beside its rows, which it takes, else mapped too."""
     if _file(param) is None:
         return {name: torch.zeros_like(param) for name in names}
-    beside = getattr(param, "beside", ())[:len(names)]
-    for kept in beside:
-        kept.zero_()  # of an optimizer before this one
+    beside, param.beside = getattr(param, "beside", ())[:len(names)], ()
     files = {name: _map_file(f"{_file(param)}.{name}", param.shape, param.dtype) for name in names[len(beside):]}
     return dict(zip(names, beside, strict=False)) | files
 

@@ -272,10 +272,15 @@ def test_a_table_in_a_file_is_trained_as_one_in_memory(kind, room, tmp_path):
         assert tensor.untyped_storage().filename == str(tmp_path / (f"table.{name}" if name in apart else "table"))
 
 
-def test_a_second_optimizer_of_a_table_in_a_file_starts_from_zeros(tmp_path):
-    table, index = LatentTable(mapped(tmp_path / "table", (ROWS, DIM))), batches(3)
-    train(RowAdam(table.parameters()), table, index)
-    assert not any(kept.any() for kept in RowAdam(table.parameters()).state[table.h].values())
+def test_a_second_optimizer_of_a_table_in_a_file_starts_from_zeros_beside_the_first(tmp_path):
+    table = LatentTable(mapped(tmp_path / "table", (ROWS, DIM)))
+    first = RowAdam(table.parameters())
+    train(first, table, batches(3))
+    held = {name: kept.clone() for name, kept in first.state[table.h].items()}
+    second = RowAdam(table.parameters())
+    assert not any(kept.any() for kept in second.state[table.h].values())
+    train(second, table, batches(3))
+    assert all(torch.equal(kept, held[name]) for name, kept in first.state[table.h].items())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"])
