@@ -54,8 +54,9 @@ class Launch {
   Launch(const char* op, const Tensor& on, const Tensor& like)
       : guard_(on.get_device_index()), stream(current_stream(op, on)), like_(like) {}
 
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(torch::stable::contiguous(t)); }
-  float* operator()(int64_t count) { return output(kept_.emplace_back(empty(like_, {count}))); }
+  const Tensor& hold(const Tensor& t) { return kept_.emplace_back(t); }
+  const Tensor& keep(const Tensor& t) { return hold(torch::stable::contiguous(t)); }
+  float* operator()(int64_t count) { return output(hold(empty(like_, {count}))); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

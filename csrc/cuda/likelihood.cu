@@ -19,9 +19,7 @@ class Call : public Launch {
  public:
   Call(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask, int64_t event_dims)
       : Launch(OP, a, x) {
-    const auto dense = [&](const Tensor& t) -> const Tensor& {
-      return kept_.emplace_back(with_dense_features(t, event_dims));
-    };
+    const auto dense = [&](const Tensor& t) -> const Tensor& { return hold(with_dense_features(t, event_dims)); };
     const Tensor &dense_x = dense(x), &dense_a = dense(a);
     const Rows x_rows(dense_x, event_dims), a_rows(dense_a, event_dims);
     problem.x = floats(OP, dense_x);
