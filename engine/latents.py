@@ -60,8 +60,13 @@ def mapped(path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtyp
     continues from.
 
     Raises:
+        ValueError: a shape other than [N, D], or a negative room.
         OSError: there is no room for the file, which is claimed at once (on Linux).
     """
+    if len(shape) != 2:
+        raise ValueError(f"A mapped table has a shape [N, D], given {list(shape)}.")
+    if room < 0:
+        raise ValueError(f"The room beside each row must be at least 0, given {room}.")
     rows, dim = shape
     table, *beside = _map_file(path, (rows, 1 + room, dim), dtype).unbind(1)
     table.beside = tuple(beside)

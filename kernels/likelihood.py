@@ -221,7 +221,7 @@ def _is_suffix(t: Tensor, a: Tensor, event_dims: int) -> bool:
 
 
 def as_rows(tensors: Sequence[Tensor | None], event_dims: int) -> list[Tensor | None]:
-    """Those of the primitives as [S, N, P]."""
+    """The tensors of a primitive as [S, N, P]."""
     return [t if t is None else t.reshape(_row_shape(t.shape, event_dims)) for t in tensors]
 
 

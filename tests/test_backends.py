@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latent_engine.kernels import BackendError, backend_matrix, explain, gmm_log_prob, native, set_backend, use_backend
-from latent_engine.kernels.backends import BACKENDS
+from latent_engine.kernels.backends import BACKENDS, Op, Support
 
 needs_cpp = pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
@@ -34,6 +34,17 @@ def test_order_of_choice():
     finally:
         set_backend(None)
     assert chosen(*ARGS) == "cpp"
+
+
+@needs_cpp
+def test_automatic_choice_keeps_to_the_limits_of_a_backend():
+    narrow, dtypes = Support(("cpu",), (torch.float32,), max_dim=2), (torch.float32, torch.float64)
+    limited = Op("limited", "gmm_fwd", {"cpp": narrow})
+    assert [limited.choose(torch.zeros(4, D)) for D in (2, 3)] == ["cpp", "reference"]
+    first = Op("first", "gmm_fwd", {"cpp": Support(("cpu",), dtypes), "cuda": narrow})
+    second = Op("second", "gmm_fwd", {"cuda": Support(("cuda",), dtypes), "cpp": Support(("cpu",), dtypes, max_scales=1)})
+    assert first.choose(torch.zeros(4, 3)) == "cpp"
+    assert [second.choose(torch.zeros(4, 3), scales=n) for n in (1, 2)] == ["cpp", "reference"]
 
 
 def test_explain_takes_the_arguments_of_the_call():

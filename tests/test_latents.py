@@ -298,6 +298,16 @@ def test_a_file_that_does_not_fit_the_disk_is_refused(tmp_path):
         mapped(tmp_path / "table", (2**50, 64))
 
 
+def test_a_mapped_table_of_another_shape_is_refused_and_touches_no_file(tmp_path):
+    path = tmp_path / "table"
+    path.write_text("kept")
+    with pytest.raises(ValueError, match=r"has a shape \[N, D\], given \[30\]"):
+        mapped(path, (ROWS,))
+    with pytest.raises(ValueError, match="must be at least 0, given -1"):
+        mapped(path, (ROWS, DIM), room=-1)
+    assert path.read_text() == "kept"
+
+
 def test_a_table_in_a_file_stays_there_when_its_module_moves(tmp_path):
     inside, outside = LatentTable(start()), LatentTable(mapped(tmp_path / "table", (ROWS, DIM)))
     nn.ModuleList([inside, outside]).to("meta")
