@@ -10,18 +10,23 @@
 namespace latent_engine {
 namespace {
 
-constexpr int64_t kExpWork = 24, kSampleWork = 8;  // multiplications in the time of an element, and of a sample of one
+// Multiplications in the time of an element, of a sample of one, and of making its noise.
+constexpr int64_t kExpWork = 24, kSampleWork = 8, kNoiseWork = 24;
 constexpr int64_t kLeastElements = 256;            // of a task: a kilobyte of each sample
+
+bool are_keys(const Tensor& noise) { return noise.scalar_type() == ScalarType::Long; }
 
 // As it is if the elements of a row lie next to one another.
 Tensor with_dense_rows(const Tensor& t) {
+  if (t.dim() == 0) return t;
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// [N, D] or [S, N, D].
+// [N, D] or [S, N, D]; nothing of keys.
 template <class T>
 ReparametrizeArray<T> array(const Tensor& t) {
+  if (are_keys(t)) return {};
   const bool sampled = t.dim() == 3;
   return {t.const_data_ptr<T>(), sampled ? t.stride(0) : 0, t.stride(sampled ? 1 : 0)};
 }
@@ -29,17 +34,20 @@ ReparametrizeArray<T> array(const Tensor& t) {
 template <class T>
 struct Call {
   Tensor mean, log_var, noise;  // keeps the contiguous copies alive
+  bool sampled;                 // whether z has an axis of samples
   ReparametrizeInputs<T> inputs;
 
   Call(const Tensor& mean_, const Tensor& log_var_, const Tensor& noise_)
       : mean(with_dense_rows(mean_)), log_var(with_dense_rows(log_var_)), noise(with_dense_rows(noise_)),
-        inputs{noise.dim() == 3 ? noise.size(0) : 1, mean.size(0), mean.size(1), array<T>(mean), array<T>(log_var),
-               array<T>(noise)} {}
+        sampled(noise.dim() == (are_keys(noise) ? 1 : 3)),
+        inputs{sampled ? noise.size(0) : 1, mean.size(0), mean.size(1), array<T>(mean), array<T>(log_var), array<T>(noise),
+               are_keys(noise) ? noise.const_data_ptr<int64_t>() : nullptr} {}
 
   template <class F>
   void run(const F& rows) const {
     const int64_t N = inputs.N, D = inputs.D, block = ceil_div(kLeastElements, std::max<int64_t>(D, 1));
-    in_parts(ceil_div(N, block), block * D * (kExpWork + inputs.S * kSampleWork),
+    const int64_t work = kExpWork + inputs.S * (kSampleWork + (inputs.keys ? kNoiseWork : 0));
+    in_parts(ceil_div(N, block), block * D * work,
              [&](int64_t first, int64_t last) { rows(first * block, std::min(N, last * block)); });
   }
 };
@@ -47,8 +55,8 @@ struct Call {
 template <class T>
 std::tuple<Tensor, Tensor> forward(const Tensor& mean, const Tensor& log_var, const Tensor& noise) {
   const Call<T> call(mean, log_var, noise);
-  const auto& [S, N, D, m, v, e] = call.inputs;
-  Tensor z = noise.dim() == 3 ? empty(log_var, {S, N, D}) : empty(log_var, {N, D}), kl = empty(log_var, {N, D});
+  const int64_t S = call.inputs.S, N = call.inputs.N, D = call.inputs.D;
+  Tensor z = call.sampled ? empty(log_var, {S, N, D}) : empty(log_var, {N, D}), kl = empty(log_var, {N, D});
   const ReparametrizeForward<T> p{call.inputs, z.mutable_data_ptr<T>(), kl.mutable_data_ptr<T>()};
   call.run([&](int64_t first, int64_t last) { kernels<T>().reparametrize.forward(p, first, last); });
   return {z, kl};

@@ -44,6 +44,8 @@ def reparametrize_with_kl(posterior: Posterior, samples: int | None = None,
                           generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """z `[S, N, D]`, or one sample `[N, D]` without `samples`, and `kl_to_normal(posterior)`, in one pass."""
     mean, log_var = posterior
+    if mean.device.type == "cpu":
+        return kernels.reparametrize(mean, log_var, kernels.noise_keys(samples, generator))
     shape = mean.shape if samples is None else (samples, *mean.shape)
     noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return kernels.reparametrize(mean, log_var, noise)

@@ -23,7 +23,7 @@ from .mmd import kernel_sums, mmd2
 from .mmd_normal import mmd2_to_normal
 from .mmd_two_sample import median_heuristic, mmd_witness, two_sample_test
 from .pairwise_kl import pairwise_kl, pairwise_kl_diversity
-from .reparametrize import reparametrize
+from .reparametrize import noise_keys, reparametrize
 from .row_update import adam_history, row_adam_, row_catch_up_, row_sgd_
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "mmd2_to_normal",
     "mmd_witness",
     "negative_binomial_log_prob",
+    "noise_keys",
     "pairwise_kl",
     "pairwise_kl_diversity",
     "pareto_k",

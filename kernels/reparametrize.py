@@ -10,16 +10,23 @@ Gradients, with g and k those that come in of z and KL:
 
 Kernels take one exponential an element, σ = e^h for h = v/2, and with it u = e^h − 1 and u − h, each to full relative accuracy:
 then e^v − 1 = u (u + 2), and e^v − 1 − v = u² + 2 (u − h) has no cancellation left, where the formula as written loses all
-digits of the divergence of a posterior near the prior. Backward saves the arguments only.
+digits of the divergence of a posterior near the prior. Backward saves the arguments only. Noise may be given by keys, of which
+it is a function (kernels/reference/noise.py): the C++ kernels make it where they need it, and again in the backward pass.
 """
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .backends import Op, Support, register
 from .checks import HALF, are_alike, check_data, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import reparametrize as reference
+from .reference.noise import standard_normal
+
+
+def noise_keys(samples: int | None = None, generator: Generator | None = None) -> Tensor:
+    """Random keys of the noise of `reparametrize`, int64 on the CPU: `[samples]`, or `[]` of one sample without an axis."""
+    return torch.empty(() if samples is None else samples, dtype=torch.int64).random_(generator=generator)
 
 
 def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -29,11 +36,13 @@ def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor, *, backend: str 
         mean, log_var: `[N, D]`, or of any other shape, that of one another. Where they are the halves of an encoder's output,
             `encoder(x).chunk(2, 1)`, they are read in place.
         noise: ε, draws of N(0, 1): of the shape of `mean`, or `[S, ...]` with an axis of samples before it. It is data and gets
-            no gradient: one that requires it is a ValueError.
+            no gradient: one that requires it is a ValueError. Or `noise_keys`, int64 of shape `[]` or `[S]`, a key for each
+            sample: on a CPU the kernel then makes the noise, several times as fast as `torch.randn`, and keeps none of it. The
+            same keys and shape give the same noise with every backend, up to rounding; other backends write it first.
         backend: "cpp", "cuda", "triton" or "reference" instead of the automatic choice.
 
     Returns:
-        z of the shape of `noise`, and the divergence of each element, of the shape of `mean`: its sum over the latent
+        z of the shape of the noise, and the divergence of each element, of the shape of `mean`: its sum over the latent
         dimensions is that of a row. float64 inputs give float64; float32, and bfloat16 and float16, give float32, as does
         everything under autocast.
 
@@ -49,45 +58,61 @@ def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor, *, backend: str 
     (tensor([[1., 3.]]), tensor([[0.5000, 0.5000]]))
     """
     op = "reparametrize"
-    if not are_alike((mean, log_var, noise)):
+    keyed = _are_keys(noise)
+    if keyed:
+        mean, log_var = checked_floats(op, "log_var", mean=mean, log_var=log_var)
+    elif not are_alike((mean, log_var, noise)):
         mean, log_var, noise = checked_floats(op, "log_var", mean=mean, log_var=log_var, noise=noise)
     check_data(op, "noise", noise)
-    shape, shape_of_z = mean.shape, noise.shape
+    shape = mean.shape
+    shape_of_z = noise.shape + shape if keyed else noise.shape
     if log_var.shape != shape:
         check_shape(op, "log_var", log_var, tuple(shape), "that of mean")
     if shape_of_z != shape and shape_of_z[1:] != shape:
         raise ValueError(f"{op}: noise must have the shape of mean = {list(shape)}, or [S, ...] with an axis of samples before "
-                         f"it, given {list(shape_of_z)}.")
+                         f"it, or be int64 keys of shape [] or [S]; given {list(noise.shape)} of {noise.dtype}.")
+    if keyed and noise.device != mean.device:
+        noise = noise.to(mean.device)
 
     is_matrix = len(shape) == 2
     if not is_matrix:
         mean, log_var, noise = _as_rows(mean, log_var, noise)
     name = OP.choose(mean, backend)
+    if keyed and name != "cpp":
+        noise = standard_normal(noise, mean.shape, log_var.dtype)
     z, kl = _reference(mean, log_var, noise) if name == "reference" else _reparametrize(name, mean, log_var, noise)
     return (z, kl) if is_matrix else (z.reshape(shape_of_z), kl.reshape(shape))
 
 
+def _are_keys(noise: Tensor) -> bool:
+    return isinstance(noise, Tensor) and noise.dtype == torch.int64
+
+
 def _as_rows(mean: Tensor, log_var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and log_var as [N, D], noise as [N, D] or [S, N, D]: halves of images of channels are views, too."""
-    shape, samples = mean.shape, noise.shape[:noise.dim() - mean.dim()]
+    """mean and log_var as [N, D], noise as [N, D] or [S, N, D]: halves of images of channels are views, too. Keys stay."""
+    shape = mean.shape
     rows = (shape[0], shape[1:].numel()) if len(shape) > 2 else (1, shape.numel())
-    return mean.reshape(rows), log_var.reshape(rows), noise.reshape(*samples, *rows)
+    if not _are_keys(noise):
+        noise = noise.reshape(*noise.shape[:noise.dim() - mean.dim()], *rows)
+    return mean.reshape(rows), log_var.reshape(rows), noise
 
 
 def _reference(mean, log_var, noise):
+    noise = standard_normal(noise, mean.shape, log_var.dtype) if _are_keys(noise) else noise
     return reference.reparametrize(mean.to(log_var.dtype), log_var, noise)
 
 
 def _fake_fwd(mean, log_var, noise):
-    return noise.new_empty(noise.shape), log_var.new_empty(log_var.shape)
+    shape = noise.shape + log_var.shape if _are_keys(noise) else noise.shape
+    return log_var.new_empty(shape), log_var.new_empty(log_var.shape)
 
 
 def _fake_bwd(grad_z, grad_kl, mean, log_var, noise, need_mean, need_log_var):
     return (mean.new_empty(mean.shape if need_mean else (0, 0)), log_var.new_empty(log_var.shape if need_log_var else (0, 0)))
 
 
-# mean, log_var: [N, D]; noise: [N, D] or [S, N, D]. One of the two incoming gradients may be None. Gradients not needed come
-# back empty.
+# mean, log_var: [N, D]; noise: [N, D] or [S, N, D], in C++ also keys, [] or [S]. One of the two incoming gradients may be None.
+# Gradients not needed come back empty.
 FWD = Primitive("reparametrize", "reparametrize_fwd", "(Tensor mean, Tensor log_var, Tensor noise) -> (Tensor, Tensor)",
                 _fake_fwd)
 BWD = Primitive("reparametrize", "reparametrize_bwd", "(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_var, "
@@ -117,14 +142,16 @@ def _gradients(ctx, bwd, grad_z, grad_kl):
 
 
 def _vmap(call, info, in_dims, mean, log_var, noise):
-    """A batch axis joins the rows."""
+    """A batch axis joins the rows. All of a batch have the noise of one key."""
     size = info.batch_size
 
     def fold(t, dim):
         t = t.unsqueeze(-3).expand(*t.shape[:-2], size, *t.shape[-2:]) if dim is None else t.movedim(dim, -3)
         return t.flatten(-3, -2)
 
-    rows = mean.shape[-2] if in_dims[0] is None else mean.movedim(in_dims[0], 0).shape[-2]
+    rows, dims = (mean if in_dims[0] is None else mean.movedim(in_dims[0], 0)).shape[-2:]
+    if _are_keys(noise):
+        noise = standard_normal(noise, (rows, dims), log_var.dtype)
     z, kl = call(*(fold(t, d) for t, d in zip((mean, log_var, noise), in_dims, strict=True)))
     z, kl = z.unflatten(-2, (size, rows)), kl.unflatten(-2, (size, rows))
     return (z, kl), (z.dim() - 3, 0)

@@ -151,7 +151,7 @@ def test_log_weights_give_the_marginal_likelihood_of_a_decoder_that_ignores_z(pr
             system.prior.log_vars.fill_(math.log(0.7))
             system.prior.means.mul_(0.5)
         posterior = Posterior(torch.zeros(5, 4, dtype=torch.float64), torch.full((5, 4), 0.8, dtype=torch.float64))
-        weights = system.log_weights(posterior, batch.x, 20_000, torch.Generator().manual_seed(0))
+        weights = system.log_weights(posterior, batch.x, 40_000, torch.Generator().manual_seed(0))
     np.testing.assert_allclose(iwae(weights.numpy()), exact, atol=0.06)
 
 

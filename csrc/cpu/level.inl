@@ -15,6 +15,7 @@
 #include "mmd_profiles.inl"
 #include "mmd.inl"
 #include "mmd_normal.inl"
+#include "noise.inl"
 #include "reparametrize.inl"
 #include "row_update.inl"
 

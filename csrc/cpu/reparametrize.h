@@ -19,6 +19,7 @@ template <class T>
 struct ReparametrizeInputs {
   int64_t S, N, D;
   ReparametrizeArray<T> mean, log_var, noise;
+  const int64_t* keys;  // [S], from which the noise is made, or null
 };
 
 template <class T>

@@ -14,20 +14,40 @@ static int64_t reparametrize_rows(int64_t D) {
   return std::max<int64_t>(kElementTile / std::max<int64_t>(reparametrize_padded<T>(D), 1), 1);
 }
 
-// Calls f(s, n, i, lanes, slot) for samples s to s + kSampleTile of the vectors of rows first to last, of `lanes` lanes from
-// element i, and each with room of its own in a tile. Of a row that is long enough the last one reaches back over elements that
-// it makes once more, which costs less than one that is filled and emptied in part.
+// Numbers in the noise of a tile that is made from keys.
+template <class T>
+static int64_t reparametrize_noise_size(const ReparametrizeInputs<T>& in) {
+  return in.keys ? kSampleTile * (round_up(reparametrize_rows<T>(in.D) * in.D, kDraws) + kDraws) : 0;
+}
+
+// The noise of samples s to s + kSampleTile of rows [first, last): as given, or made from the keys at `room`.
+template <class T>
+static ReparametrizeArray<T> reparametrize_noise(const ReparametrizeInputs<T>& in, int64_t s, int64_t first, int64_t last,
+                                                 T* room) {
+  if (!in.keys) return in.noise;
+  const int64_t begin = first * in.D / kDraws * kDraws, size = round_up(last * in.D, kDraws) - begin;
+  for (int64_t r = s; r < std::min(s + kSampleTile, in.S); ++r)
+    standard_normal(static_cast<uint64_t>(in.keys[r]), begin, size, room + (r - s) * size);
+  return {room - s * size - begin, size, in.D};
+}
+
+// Calls f(noise, s, n, i, lanes, slot) for samples s to s + kSampleTile of the vectors of rows first to last, of `lanes` lanes
+// from element i, and each with room of its own in a tile. Of a row that is long enough the last one reaches back over elements
+// that it makes once more, which costs less than one that is filled and emptied in part.
 template <class T, class F>
-static inline void for_each_vector(const ReparametrizeInputs<T>& in, int64_t first, int64_t last, const F& f) {
+static inline void for_each_vector(const ReparametrizeInputs<T>& in, int64_t first, int64_t last, T* room, const F& f) {
   const int64_t rows = reparametrize_rows<T>(in.D), padded = reparametrize_padded<T>(in.D);
   for (int64_t tile = first; tile < last; tile += rows)
-    for (int64_t s = 0; s == 0 || s < in.S; s += kSampleTile)
-      for (int64_t n = tile; n < std::min(tile + rows, last); ++n) {
+    for (int64_t s = 0; s == 0 || s < in.S; s += kSampleTile) {
+      const int64_t end = std::min(tile + rows, last);
+      const ReparametrizeArray<T> noise = reparametrize_noise(in, s, tile, end, room);
+      for (int64_t n = tile; n < end; ++n) {
         int64_t i = 0, slot = (n - tile) * padded;
-        for (; i + kLanes<T> <= in.D; i += kLanes<T>, slot += kLanes<T>) f(s, n, i, kLanes<T>, slot);
-        if (i < in.D && i > 0) f(s, n, in.D - kLanes<T>, kLanes<T>, slot);
-        if (i < in.D && i == 0) f(s, n, 0, in.D, slot);
+        for (; i + kLanes<T> <= in.D; i += kLanes<T>, slot += kLanes<T>) f(noise, s, n, i, kLanes<T>, slot);
+        if (i < in.D && i > 0) f(noise, s, n, in.D - kLanes<T>, kLanes<T>, slot);
+        if (i < in.D && i == 0) f(noise, s, n, 0, in.D, slot);
       }
+    }
 }
 
 // Of v = log σ², with h = v / 2: σ = e^h, from 0 to infinity, and from u = e^h − 1 and u − h to a few eps of themselves e^v − 1
@@ -54,10 +74,11 @@ struct ReparametrizeScale {
 template <class T>
 static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t first, int64_t last) {
   const ReparametrizeInputs<T>& in = p.inputs;
-  const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D);
-  Arena<T> arena(Scratch::task, tile);
+  const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D), room = reparametrize_noise_size(in);
+  Arena<T> arena(Scratch::task, tile, room);
   T* const stds = arena.take(tile);
-  for_each_vector<T>(in, first, last, [=](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
+  for_each_vector(in, first, last, arena.take(room), [=](const ReparametrizeArray<T>& drawn, int64_t s, int64_t n, int64_t i,
+                                                         int64_t lanes, int64_t slot) {
     const Vec<T> mean = load_lanes(in.mean.at(0, n) + i, lanes);
     Vec<T> std;
     if (s == 0) {
@@ -68,9 +89,9 @@ static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t firs
     } else {
       std = load(stds + slot);
     }
-    const T* noise = in.noise.at(s, n) + i;
+    const T* noise = drawn.at(s, n) + i;
     T* z = p.z + (s * in.N + n) * in.D + i;
-    const int64_t next_noise = in.noise.stride_s, next_z = in.N * in.D;  // which would be read again after each store
+    const int64_t next_noise = drawn.stride_s, next_z = in.N * in.D;  // which would be read again after each store
     for (int64_t left = std::min(kSampleTile, in.S - s); left > 0; --left, noise += next_noise, z += next_z)
       store_lanes(z, lanes, std * load_lanes(noise, lanes) + mean);
   });
@@ -97,16 +118,18 @@ static inline void reparametrize_finish(const ReparametrizeBackward<T>& p, int64
 
 template <class T>
 static void reparametrize_backward(const ReparametrizeBackward<T>& p, int64_t first, int64_t last) {
-  const ReparametrizeInputs<T>& in = p.inputs;
-  const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D);
-  Arena<T> arena(Scratch::task, tile, tile);
+  ReparametrizeInputs<T> in = p.inputs;
+  if (!p.grad_z.data) in.keys = nullptr;  // the noise is not looked at
+  const int64_t tile = reparametrize_rows<T>(in.D) * reparametrize_padded<T>(in.D), room = reparametrize_noise_size(in);
+  Arena<T> arena(Scratch::task, tile, tile, room);
   T *const dmeans = arena.take(tile), *const dstds = arena.take(tile);
-  for_each_vector<T>(in, first, last, [=](int64_t s, int64_t n, int64_t i, int64_t lanes, int64_t slot) {
+  for_each_vector(in, first, last, arena.take(room), [=](const ReparametrizeArray<T>& drawn, int64_t s, int64_t n, int64_t i,
+                                                         int64_t lanes, int64_t slot) {
     const int64_t end = std::min(s + kSampleTile, in.S);
     Vec<T> dmean = s ? load(dmeans + slot) : Vec<T>{}, dstd = s ? load(dstds + slot) : Vec<T>{};
     if (p.grad_z.data) {
-      const T *grad = p.grad_z.at(s, n) + i, *noise = in.noise.at(s, n) + i;
-      for (int64_t r = s; r < end; ++r, grad += p.grad_z.stride_s, noise += in.noise.stride_s) {
+      const T *grad = p.grad_z.at(s, n) + i, *noise = drawn.at(s, n) + i;
+      for (int64_t r = s; r < end; ++r, grad += p.grad_z.stride_s, noise += drawn.stride_s) {
         const Vec<T> g = load_lanes(grad, lanes);
         dmean += g, dstd += g * load_lanes(noise, lanes);
       }
