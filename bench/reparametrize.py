@@ -1,12 +1,12 @@
-"""Cases and peers of reparametrised samples and their KL divergence. The gradients taken are those of mean and log-variance,
-for given ones of samples and divergence."""
+"""Cases and peers of reparametrised samples and their KL divergence, for given noise and with noise of their own. The gradients
+taken are those of mean and log-variance, for given ones of samples and divergence."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from latent_engine.kernels import reparametrize
+from latent_engine.kernels import noise_keys, reparametrize
 
 from .suite import Suite
 from .timing import Work
@@ -50,6 +50,28 @@ def fused(mean: Tensor, log_var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]
     return torch.addcmul(mean, (0.5 * log_var).exp(), noise), 0.5 * kl
 
 
+def reparametrize_drawn(mean: Tensor, log_var: Tensor, like: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """With noise from keys; all that it needs of `like` is the number of samples."""
+    return reparametrize(mean, log_var, noise_keys(len(like) if like.dim() == 3 else None), backend=backend)
+
+
+def drawing(formula: Callable) -> Callable:
+    """A formula with noise from `torch.randn`."""
+    return lambda mean, log_var, like: formula(mean, log_var, torch.randn(like.shape, device=like.device))
+
+
+def drawn_work(case: str, backward: bool) -> Work:
+    """As `work`, but the noise is not read; a draw takes 15 FMAs for its half of a logarithm, a root, a sine and a cosine."""
+    S, N, D = CASES[case]
+    given, passes = work(case, backward), 2 if backward else 1
+    return Work(given.bytes - 4 * passes * S * N * D, given.fmas + 15 * passes * S * N * D, given.exps)
+
+
+def without_chance(outputs: list[Tensor]) -> list[Tensor]:
+    """Of samples, divergence and gradients the divergence and the gradient of the mean."""
+    return outputs[1:3]
+
+
 def jax_peer() -> Callable:
     """`jax.jit` of the plain formulas: forward, or values and gradients."""
     import jax
@@ -79,17 +101,10 @@ def plain_bytes(case: str) -> int:
     return 4 * N * D * (S + 7)
 
 
+COMMON = {"sizes": ("S", "N", "D"), "cases": CASES, "inputs": inputs, "plain": plain, "plain_bytes": plain_bytes, "constant": 1}
+
 SUITES = (
-    Suite(
-        op=reparametrize,
-        sizes=("S", "N", "D"),
-        cases=CASES,
-        inputs=inputs,
-        work=work,
-        plain=plain,
-        formulas={"plain": plain, "fused": fused},
-        jax={"jax plain": jax_peer},
-        plain_bytes=plain_bytes,
-        constant=1,
-    ),
+    Suite(op=reparametrize, work=work, formulas={"plain": plain, "fused": fused}, jax={"jax plain": jax_peer}, **COMMON),
+    Suite(op=reparametrize_drawn, work=drawn_work, formulas={"plain": drawing(plain), "fused": drawing(fused)},
+          comparable=without_chance, exact=plain, **COMMON),
 )
