@@ -221,8 +221,16 @@ def test_the_cifar_networks_of_the_dgd_paper(depth, latent_dim):
     assert kernels[-4:] == [(8, 8, 4, 4), (8, 4, 4, 4), (4, 4, 4, 4), (4, 3, 1, 1)]
     assert decoder(torch.randn(2, latent_dim)).shape == (2, 3, 32, 32)
     assert dgd_cifar_encoder(latent_dim, (3, 32, 32), 4, depth)(torch.randn(2, 3, 32, 32)).shape == (2, latent_dim)
-    network = "dgd" if depth == "standard" else f"dgd-{depth}"
+
+
+@pytest.mark.parametrize(("network", "latent_dim", "encoder", "decoder"), [
+    ("dgd", 16, [], []), ("dgd-shallow", 128, [], []), ("dgd-encoder-linear", 128, [(128, 128)] * 2, []),
+    ("dgd-linear", 10, [(10, 128)] * 2, [(128, 10)])])
+def test_the_cifar_vaes_of_the_dgd_paper(network, latent_dim, encoder, decoder):
+    """`encoder` and `decoder` are the shapes of their linear layers; there is an encoder of means and one of deviations."""
     system = VAE(VAEConfig(network=network, latent_dim=latent_dim, capacity=4), (3, 32, 32))
+    for part, expected in ((system.encoder, encoder), (system.decoder, decoder)):
+        assert [tuple(p.shape) for p in part.parameters() if p.dim() == 2] == expected
     assert system.loss(Batch(torch.rand(2, 3, 32, 32), torch.arange(2)), "main")["total"].isfinite()
 
 
@@ -280,9 +288,12 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
         tiny(**settings)
 
 
-def test_a_latent_dimension_that_does_not_fit_the_capacity_is_refused():
-    with pytest.raises(ValueError, match=r"capacity 32 the standard network .* latent_dim=128, given 50"):
-        VAE(VAEConfig(network="dgd"), (3, 32, 32))
+@pytest.mark.parametrize(("network", "words"), [
+    ("dgd", "capacity 32 the standard network .* latent_dim=128, given 50"),
+    ("dgd-encoder-linear", "capacity 32 the shallow network .* latent_dim=1024, given 50")])
+def test_a_latent_dimension_that_does_not_fit_the_capacity_is_refused(network, words):
+    with pytest.raises(ValueError, match=words):
+        VAE(VAEConfig(network=network), (3, 32, 32))
 
 
 @pytest.mark.parametrize(("kind", "config"), [(AE, AEConfig), (VAE, VAEConfig)])

@@ -81,7 +81,8 @@ class AEConfig:
     """Defaults: the networks of Burda et al. 2016 (§5)."""
 
     latent_dim: int = 50
-    network: Literal["mlp", "residual", "conv", "resnet", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3, for 32×32
+    # dgd: those of A.3, for 32×32
+    network: Literal["mlp", "residual", "conv", "resnet", "dgd", "dgd-shallow", "dgd-encoder-linear", "dgd-linear"] = "mlp"
     affine_skip: bool = False  # adds W z + b to the outputs of the decoder
     hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
     activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of these layers
