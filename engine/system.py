@@ -137,6 +137,13 @@ class System(nn.Module):
         """
         return self.loss(batch, self.phases()[0].name)
 
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """The terms of a record: the `means` of those of a loss over an epoch, and at its end what follows from them.
+
+        `phase` is that of `loss`; None: of `validation_loss`.
+        """
+        return means
+
     def monitor(self, x: Tensor) -> dict[str, Any]:
         """What the record of an epoch says beside the losses, from some training rows `x`; texts are shown at the end."""
         return {}

@@ -108,9 +108,9 @@ def fit(system: System, data: Data, config: TrainConfig | None = None, *, valida
         progress: show a bar, or plain lines where there is no terminal.
 
     Returns:
-        A record an epoch: "epoch", "step", "seconds" (of the epoch), and each term of the loss as a mean over the rows;
-        those of the validation loss as "validation/total" and so on, with the same random numbers at every epoch; what
-        `System.monitor` says of 500 training rows.
+        A record an epoch: "epoch", "step", "seconds" (of the epoch), each term of the loss as a mean over the rows, and what
+        `System.summarize` adds to them; those of the validation loss as "validation/total" and so on, with the same random
+        numbers at every epoch; what `System.monitor` says of 500 training rows.
 
     Raises:
         ValueError: the data do not fit the system, a batch has too few rows for it, there is no validation loss, or a phase
@@ -259,7 +259,10 @@ class _Loop:
         self.has_players = len(phases) > 1
 
     def epoch(self, epoch: int, step: int, losses: list[float], tick: Callable[[], None]) -> dict[str, float]:
-        """Mean of each loss term over the rows that its phase has seen; `losses` are those of validation before."""
+        """What `System.summarize` makes of the means of the loss terms over the rows that a phase has seen.
+
+        `losses` are those of validation before.
+        """
         self._set_learning_rates(epoch, losses)
         order = batch_order(self.n, self.config.batch_size, self.config.seed, epoch)
         means: dict[str, Means] = {}
@@ -282,8 +285,8 @@ class _Loop:
             if isinstance(optimizer, RowOptimizer):
                 optimizer.end_epoch()
         self.system.after_epoch(epoch)
-        return {key: value for phase, mean in means.items()
-                for key, value in mean.read(f"{phase}/" if self.has_players else "").items()}
+        return {f"{phase}/{name}" if self.has_players else name: value for phase, mean in means.items()
+                for name, value in self.system.summarize(mean.read(), phase).items()}
 
     def _step(self, phase: Phase, index: Tensor) -> dict[str, Tensor]:
         if self.has_players:

@@ -64,8 +64,8 @@ class Means:
         self.sums = self.sums + (values * rows if self.reduction == "mean" else values)
         self.rows, self.names = self.rows + rows, list(terms)
 
-    def read(self, prefix: str) -> dict[str, float]:
-        return {prefix + name: value / self.rows for name, value in zip(self.names, self.sums.tolist(), strict=True)}
+    def read(self) -> dict[str, float]:
+        return {name: value / self.rows for name, value in zip(self.names, self.sums.tolist(), strict=True)}
 
 
 class Validation:
@@ -79,7 +79,7 @@ class Validation:
 
     @torch.no_grad()
     def epoch(self, epoch: int, step: int) -> dict[str, float]:
-        """Mean of each loss term over the rows, in evaluation mode."""
+        """What `System.summarize` makes of the means of the loss terms over the rows, in evaluation mode."""
         means = Means(self.system.reduction)
         self.system.eval()
         for number, index in enumerate(torch.arange(len(self.x), device=self.x.device).split(self.config.batch_size)):
@@ -87,7 +87,7 @@ class Validation:
             batch = Batch(self.x[index], index, None if self.y is None else self.y[index])
             means.add(self.system.validation_loss(batch), len(index))
         self.system.train()
-        terms = means.read("validation/")
+        terms = {f"validation/{name}": value for name, value in self.system.summarize(means.read()).items()}
         if self.best is None or terms["validation/total"] < self.best.score:
             self.best = Best(step, epoch, terms["validation/total"])
             self.weights = {name: tensor.clone() for name, tensor in self.system.state_dict().items()}

@@ -106,10 +106,11 @@ def test_mass_and_samples_of_a_ratio_that_is_known():
 
 
 def test_held_out_rows_are_scored_by_the_main_loss():
-    system, batch = tiny()
+    system, batch = tiny(likelihood="gaussian")
     record = fit(system.float(), Data(batch.x.float()), TrainConfig(epochs=1, batch_size=5), validation=Data(batch.x.float()),
                  progress=False)[0]
-    assert {"ratio/total", "main/total", "main/kl", "validation/elbo"} <= record.keys()
+    assert {"ratio/total", "main/total", "main/kl", "main/elbo", "main/gamma", "validation/elbo"} <= record.keys()
+    assert not {"ratio/elbo", "ratio/gamma"} & record.keys()
     assert record["validation/total"] == pytest.approx(-record["validation/elbo"]) and math.isfinite(record["validation/total"])
 
 

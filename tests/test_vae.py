@@ -10,7 +10,20 @@ from sklearn.decomposition import PCA
 from torch import nn
 from vaes import NORMAL, SHAPE, kl, log_bernoulli, loss, seen, tiny
 
-from latent_engine import AE, VAE, AEConfig, Batch, Data, TrainConfig, VAEConfig, fit, fit_mixture, load_data
+from latent_engine import (
+    AE,
+    IWAE,
+    VAE,
+    AEConfig,
+    Batch,
+    Data,
+    IWAEConfig,
+    TrainConfig,
+    VAEConfig,
+    fit,
+    fit_mixture,
+    load_data,
+)
 from latent_engine.balance import balance
 from latent_engine.likelihoods import DecodedGaussian, LearnedGaussian, OptimalGaussian
 from latent_engine.networks import conv_decoder, conv_encoder, dgd_cifar_decoder, dgd_cifar_encoder, set_output_bias
@@ -23,7 +36,7 @@ def test_the_loss_is_the_negative_elbo():
     terms = loss(system, batch)
     assert terms["log_px_z"] == pytest.approx(reconstruction, rel=1e-12)
     assert terms["kl"] == pytest.approx(kl(mean, std).mean(), rel=1e-12)
-    assert terms["total"] == -terms["elbo"] == pytest.approx(kl(mean, std).mean() - reconstruction, rel=1e-12)
+    assert terms["total"] == pytest.approx(kl(mean, std).mean() - reconstruction, rel=1e-12)
 
 
 @pytest.mark.parametrize("gamma", ["fixed", "learned", "learned_std"])
@@ -71,6 +84,48 @@ def test_held_out_rows_are_scored_at_the_end_of_a_warm_up():
     system, batch = tiny(warmup="linear", warmup_steps=100, beta=2.0)
     terms = {name: value.item() for name, value in system.eval().validation_loss(batch).items()}
     assert terms["total"] == pytest.approx(2 * terms["kl"] - terms["log_px_z"])
+
+
+def record_of(system, x, **settings):
+    """Of one epoch of three steps, validated on the same rows."""
+    data = Data(x.float())
+    return fit(system.float(), data, TrainConfig(epochs=1, batch_size=2, **settings), validation=data, progress=False)[0]
+
+
+def test_the_log_of_a_run_has_the_elbo():
+    system, batch = tiny(beta=3.0)
+    record = record_of(system, batch.x)
+    assert list(record)[3:7] == ["total", "log_px_z", "kl", "elbo"]
+    for prefix in ("", "validation/"):
+        total, log_px_z, kl, elbo = (record[prefix + name] for name in ("total", "log_px_z", "kl", "elbo"))
+        assert elbo == log_px_z - kl == pytest.approx(2 * kl - total)
+
+
+def test_the_bound_of_several_samples_is_not_logged_as_an_elbo():
+    system, batch = tiny(IWAE, IWAEConfig, samples=3)
+    record = record_of(system, batch.x)
+    assert {"kl", "validation/kl"} <= record.keys() and not {"elbo", "validation/elbo"} & record.keys()
+
+
+@pytest.mark.parametrize("gamma", ["learned", "learned_std", "optimal"])
+@pytest.mark.parametrize(("kind", "config"), [(AE, AEConfig), (VAE, VAEConfig)])
+def test_the_log_of_a_run_has_the_variance_at_the_end_of_an_epoch(kind, config, gamma):
+    system, batch = tiny(kind, config, likelihood="gaussian", gamma=gamma)
+    record = record_of(system, batch.x)
+    assert record["gamma"] == record["validation/gamma"] == system.likelihood.variance.item() != 1
+
+
+def test_the_variance_in_the_log_is_that_of_the_weights_in_use():
+    system, batch = tiny(likelihood="gaussian")
+    record = record_of(system, batch.x, ema_decay=0.5)
+    assert record["gamma"] < record["validation/gamma"] == system.likelihood.variance.item()
+
+
+@pytest.mark.parametrize("settings", [{}, {"likelihood": "gaussian", "gamma": "fixed"},
+                                      {"likelihood": "gaussian", "gamma": "decoded"}], ids=str)
+def test_a_variance_that_is_not_one_that_adapts_is_not_logged(settings):
+    system, batch = tiny(**settings)
+    assert not {"gamma", "validation/gamma"} & record_of(system, batch.x).keys()
 
 
 def test_the_log_of_a_run_has_the_balance():
@@ -221,8 +276,16 @@ def test_the_cifar_networks_of_the_dgd_paper(depth, latent_dim):
     assert kernels[-4:] == [(8, 8, 4, 4), (8, 4, 4, 4), (4, 4, 4, 4), (4, 3, 1, 1)]
     assert decoder(torch.randn(2, latent_dim)).shape == (2, 3, 32, 32)
     assert dgd_cifar_encoder(latent_dim, (3, 32, 32), 4, depth)(torch.randn(2, 3, 32, 32)).shape == (2, latent_dim)
-    network = "dgd" if depth == "standard" else f"dgd-{depth}"
+
+
+@pytest.mark.parametrize(("network", "latent_dim", "encoder", "decoder"), [
+    ("dgd", 16, [], []), ("dgd-shallow", 128, [], []), ("dgd-encoder-linear", 128, [(128, 128)] * 2, []),
+    ("dgd-linear", 10, [(10, 128)] * 2, [(128, 10)])])
+def test_the_cifar_vaes_of_the_dgd_paper(network, latent_dim, encoder, decoder):
+    """`encoder` and `decoder` are the shapes of their linear layers; there is an encoder of means and one of deviations."""
     system = VAE(VAEConfig(network=network, latent_dim=latent_dim, capacity=4), (3, 32, 32))
+    for part, expected in ((system.encoder, encoder), (system.decoder, decoder)):
+        assert [tuple(p.shape) for p in part.parameters() if p.dim() == 2] == expected
     assert system.loss(Batch(torch.rand(2, 3, 32, 32), torch.arange(2)), "main")["total"].isfinite()
 
 
@@ -280,9 +343,12 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
         tiny(**settings)
 
 
-def test_a_latent_dimension_that_does_not_fit_the_capacity_is_refused():
-    with pytest.raises(ValueError, match=r"capacity 32 the standard network .* latent_dim=128, given 50"):
-        VAE(VAEConfig(network="dgd"), (3, 32, 32))
+@pytest.mark.parametrize(("network", "words"), [
+    ("dgd", "capacity 32 the standard network .* latent_dim=128, given 50"),
+    ("dgd-encoder-linear", "capacity 32 the shallow network .* latent_dim=1024, given 50")])
+def test_a_latent_dimension_that_does_not_fit_the_capacity_is_refused(network, words):
+    with pytest.raises(ValueError, match=words):
+        VAE(VAEConfig(network=network), (3, 32, 32))
 
 
 @pytest.mark.parametrize(("kind", "config"), [(AE, AEConfig), (VAE, VAEConfig)])

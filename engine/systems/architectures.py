@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .vae import AEConfig
 
 CONVOLUTIONAL = {"conv": (networks.conv_encoder, networks.conv_decoder), "resnet": (resnet_encoder, resnet_decoder)}
+# depth of encoder and decoder
+DGD_DEPTHS = {"dgd": ("standard", "standard"), "dgd-shallow": ("shallow", "shallow"),
+              "dgd-encoder-linear": ("linear", "shallow"), "dgd-linear": ("linear", "linear")}
 
 
 def make_encoder(config: "AEConfig", shape: tuple[int, ...], outputs: int) -> nn.Module:
@@ -20,7 +23,8 @@ def make_encoder(config: "AEConfig", shape: tuple[int, ...], outputs: int) -> nn
         return networks.mlp_encoder(shape, outputs * config.latent_dim, config.hidden, config.activation)
     if config.network in CONVOLUTIONAL:
         return CONVOLUTIONAL[config.network][0](shape, outputs * config.latent_dim, config.capacity)
-    parts = [networks.dgd_cifar_encoder(config.latent_dim, shape, config.capacity, _depth(config)) for _ in range(outputs)]
+    depth, _ = DGD_DEPTHS[config.network]
+    parts = [networks.dgd_cifar_encoder(config.latent_dim, shape, config.capacity, depth) for _ in range(outputs)]
     return parts[0] if outputs == 1 else networks.SideBySide(*parts)
 
 
@@ -37,7 +41,8 @@ def make_decoder(config: "AEConfig", shape: tuple[int, ...]) -> nn.Module:
     elif config.network in CONVOLUTIONAL:
         decoder = CONVOLUTIONAL[config.network][1](config.latent_dim, shape, config.capacity)
     else:
-        decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, _depth(config))
+        _, depth = DGD_DEPTHS[config.network]
+        decoder = networks.dgd_cifar_decoder(config.latent_dim, shape, config.capacity, depth)
     if config.affine_skip:
         decoder = networks.AffineBridge(decoder, config.latent_dim, math.prod(shape))
     squash = config.likelihood == "gaussian" and config.mean_activation == "sigmoid" and not is_decoded(config)
@@ -47,7 +52,3 @@ def make_decoder(config: "AEConfig", shape: tuple[int, ...]) -> nn.Module:
 def is_decoded(config: "AEConfig") -> bool:
     """Whether the decoder gives variances too."""
     return config.likelihood == "gaussian" and config.gamma == "decoded"
-
-
-def _depth(config: "AEConfig") -> str:
-    return config.network.partition("-")[2] or "standard"

@@ -105,8 +105,8 @@ class HVAE(VAE):
         kl = kl_lower + (kl_upper.sum(1) if kl_upper.dim() > 1 else kl_upper)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
-        return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl, "kl_lower": kl_lower.mean(),
-                                  "elbo": mean_log_px_z.detach() - mean_kl.detach(), **self._gamma()}, posterior)
+        return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl, "kl_lower": kl_lower.mean()},
+                                 posterior)
 
     def log_weights(self, posterior: Posterior, x: Tensor, samples: int, generator: Generator | None = None) -> Tensor:
         """log p(x, z₁, z₂) − log q(z₁, z₂ | x) `[S, N]` for `samples` draws, in nats (see `VAE.log_weights`)."""

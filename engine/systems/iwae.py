@@ -32,7 +32,7 @@ from .. import bounds
 from ..bounds import Posterior
 from ..kernels import importance_log_weights, importance_objective
 from ..system import Batch
-from .vae import VAE, EncoderConfig
+from .vae import AE, VAE, EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,11 @@ class IWAE(VAE):
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
             log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, kl_to_normal, log_pz))
-        return self._regularized({"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl, **self._gamma()}, posterior)
+        return self._regularized({"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl}, posterior)
+
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """As of `AE`: what is maximised is not the ELBO."""
+        return AE.summarize(self, means, phase)
 
     def _best(self, base: Tensor, posterior: Posterior, x: Tensor) -> Tensor:
         """The sample of largest weight of each row, `[S, N, D]` -> `[1, N, D]`."""

@@ -155,6 +155,10 @@ class TwoStageVAE(VAE):
         elbo = self.log_weights(self.encode(batch.x), batch.x, self.config.samples).mean()
         return {"total": -elbo, "elbo": elbo}
 
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """As of `VAE`; in the phase "second" of the second stage."""
+        return self.prior.summarize(means) if phase == "second" else super().summarize(means, phase)
+
     def monitor(self, x: Tensor, prior: nn.Module | None = None) -> dict[str, Any]:
         """As in `VAE`, by default of the first stage, whose prior is N(0, I)."""
         return super().monitor(x, prior or StandardNormal(self.config.latent_dim))
@@ -210,6 +214,10 @@ class VAEPlus(TwoStageVAE):
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """As in `TwoStageVAE`; in the phase "autoencoder" −log p(x | f̃(x̃)), for Gaussian pixels of variance ½."""
         return self.autoencoder.loss(batch) if phase == "autoencoder" else super().loss(batch, phase)
+
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """As of `TwoStageVAE`; in the phase "autoencoder" of the autoencoder."""
+        return self.autoencoder.summarize(means) if phase == "autoencoder" else super().summarize(means, phase)
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of each row of `x` `[N, C, H, W]`."""

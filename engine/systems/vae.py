@@ -81,7 +81,8 @@ class AEConfig:
     """Defaults: the networks of Burda et al. 2016 (§5)."""
 
     latent_dim: int = 50
-    network: Literal["mlp", "residual", "conv", "resnet", "dgd", "dgd-shallow", "dgd-linear"] = "mlp"  # dgd: A.3, for 32×32
+    # dgd: those of A.3, for 32×32
+    network: Literal["mlp", "residual", "conv", "resnet", "dgd", "dgd-shallow", "dgd-encoder-linear", "dgd-linear"] = "mlp"
     affine_skip: bool = False  # adds W z + b to the outputs of the decoder
     hidden: tuple[int, ...] = (200, 200)  # layers of mlp, the decoder's in reverse; of residual: the encoder's
     activation: Literal["tanh", "relu", "softplus"] = "tanh"  # of these layers
@@ -206,7 +207,16 @@ class AE(System):
     def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
         """Sum over pixels, mean over the batch, in nats."""
         log_px_z = self.likelihood.log_prob(self.decoder(self.encoder(batch.x)), batch.x).mean()
-        return {"total": -log_px_z, "log_px_z": log_px_z, **self._gamma()}
+        return {"total": -log_px_z, "log_px_z": log_px_z}
+
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """Beside log p(x | z) "gamma", the variance of a Gaussian that adapts, as it is now, at the end of the epoch.
+
+        Of an `OptimalGaussian` that is the running mean, which evaluation uses.
+        """
+        if "log_px_z" not in means or not isinstance(self.likelihood, nn.Module):
+            return means
+        return {**means, "gamma": self.likelihood.variance.mean().item()}
 
     @torch.no_grad()
     def represent(self, x: Tensor) -> Tensor:
@@ -252,11 +262,6 @@ class AE(System):
             mean = torch.cat([mean, torch.full_like(mean, math.log(self.config.variance))])
         networks.set_output_bias(self.decoder, mean)
 
-    def _gamma(self) -> dict[str, Tensor]:
-        """The variance of a Gaussian decoder, for the log."""
-        adapts = isinstance(self.likelihood, nn.Module)
-        return {"gamma": self.likelihood.variance.detach()} if adapts else {}
-
 
 class VAE(AE):
     """A VAE of observations of `shape` (C, H, W).
@@ -296,8 +301,13 @@ class VAE(AE):
         log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, kl_to_normal, z, log_det)
         mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
-        return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl,
-                                  "elbo": mean_log_px_z.detach() - mean_kl.detach(), **self._gamma()}, posterior)
+        return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl}, posterior)
+
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """As of `AE`; where its two parts are among the means, "elbo", in nats, too."""
+        if {"log_px_z", "kl"} <= means.keys():
+            means = {**means, "elbo": means["log_px_z"] - means["kl"]}
+        return super().summarize(means, phase)
 
     @property
     def smallest_batch(self) -> int:

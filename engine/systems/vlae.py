@@ -30,7 +30,7 @@ from ..diagnostics import on_grid
 from ..likelihoods import LogisticMixture
 from ..pixelcnn import PixelCNN
 from ..pixelcnn_pp import PixelCNNPlusPlus
-from ..system import Batch, check_sizes
+from ..system import check_sizes
 from .vae import VAE, VAEConfig
 
 _ROWS = 128  # of one call of the decoder: its activations are a hundred times as many as the pixels
@@ -86,12 +86,12 @@ class VLAE(VAE):
             raise ValueError("A VLAE draws pixels of zeros and ones, each from those before it, and so it is trained on such; "
                              "binarise the images: Data.pixels(\"dynamic\"), --binarize dynamic.")
 
-    def loss(self, batch: Batch, phase: str = "main") -> dict[str, Tensor]:
-        """As in `VAE`; of pixels of 256 levels also the ELBO in bits/dim."""
-        terms = super().loss(batch, phase)
-        if isinstance(self.likelihood, LogisticMixture):
-            terms["bits_per_dim"] = -terms["elbo"] / (math.prod(self.shape) * math.log(2))
-        return terms
+    def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:
+        """As of `VAE`; of pixels of 256 levels also the ELBO in bits/dim."""
+        means = super().summarize(means, phase)
+        if not isinstance(self.likelihood, LogisticMixture):
+            return means
+        return {**means, "bits_per_dim": -means["elbo"] / (math.prod(self.shape) * math.log(2))}
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
