@@ -15,12 +15,13 @@ using Floats = std::vector<double>;
 constexpr int64_t kPairWork = 40;   // multiplications of a kernel's value and slope
 constexpr int64_t kMostGroups = 32;
 
-// Blocks a group: tasks of at least kTaskWork multiplications, and one group where the whole is not worth four of them.
+// Blocks a group: one group where the whole is not worth a task, else tasks of at least kTaskWork multiplications, but no
+// fewer than four groups, whose tasks are worth the few µs of a round.
 int64_t blocks_of_group(int64_t blocks, int64_t work) {
   const int64_t tile = kMmdBlock * kMmdBlock * work;
-  if (blocks * blocks / 2 * tile < 4 * kTaskWork) return std::max<int64_t>(blocks, 1);
+  if (blocks * blocks / 2 * tile < kTaskWork) return std::max<int64_t>(blocks, 1);
   const auto side = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(kTaskWork) / static_cast<double>(tile))));
-  return std::max({side, ceil_div(blocks, kMostGroups), int64_t(1)});
+  return std::max({std::min(side, blocks / 4), ceil_div(blocks, kMostGroups), int64_t(1)});
 }
 
 // A round-robin tournament: in round 0 each group meets itself, in round r ≥ 1 each meets one other, and every two meet
