@@ -226,6 +226,8 @@ static double mmd_tile(const MmdProblem<T>& p, int64_t b, int64_t c, T* tile, T*
   if (rows.grad) mmd_pull(tile, left, right, p.D, n, m, p.grads + b * size);
   if (others.grad && b != c) {
     transpose(tile, kMmdBlock, 1, turned, kMmdBlock, m, n);
+    for (int64_t i = 0; i < n; ++i)  // the lanes beyond a short block are read, not used
+      std::fill(turned + i * kMmdBlock + m, turned + i * kMmdBlock + round_up(m, kGroup<T>), T(0));
     mmd_pull(turned, right, left, p.D, m, n, p.grads + c * size);
   }
   return sum;
@@ -236,7 +238,6 @@ static double mmd_pairs(const MmdProblem<T>& p, int64_t group, int64_t other) {
   constexpr int64_t size = kMmdBlock * kMmdBlock;
   Arena<T> arena(Scratch::task, size, size);
   T *const tile = arena.take(size), *const turned = arena.take(size);
-  if (p.grads) std::fill_n(turned, size, T(0));  // the lanes beyond a short block are read, not used
   const auto end = [&](int64_t g) { return std::min(p.block_count(), (g + 1) * p.group); };
   double sum = 0;
   for (int64_t b = group * p.group; b < end(group); ++b)
@@ -246,9 +247,15 @@ static double mmd_pairs(const MmdProblem<T>& p, int64_t group, int64_t other) {
 
 template <class T>
 static void mmd_store_grads(const MmdProblem<T>& p, int64_t first, int64_t last) {
+  const int64_t size = p.D * kMmdBlock;
   for (int64_t b = first; b < last; ++b) {
     const auto [points, begin, n] = MmdBlock<T>(p, b);
-    if (points.grad) transpose(p.grads + b * p.D * kMmdBlock, kMmdBlock, 1, points.grad + begin * p.D, p.D, p.D, n);
+    T* const grad = p.grads + b * size;
+    for (int64_t copy = 1; copy < p.copies; ++copy) {
+      const T* const more = grad + copy * p.size();
+      for (int64_t i = 0; i < size; ++i) grad[i] += more[i];
+    }
+    if (points.grad) transpose(grad, kMmdBlock, 1, points.grad + begin * p.D, p.D, p.D, n);
   }
 }
 
