@@ -34,6 +34,7 @@ class Suite:
     jax: dict[str, Callable] = field(default_factory=dict)
     directions: tuple[bool, ...] = (False, True)  # without and with the backward pass
     constant: int = 0  # trailing inputs that need no gradient
+    slow: tuple[str, ...] = ()  # peers that take minutes on a CPU
     direct: bool = False  # the op gives value and gradients itself, without autograd
     exact: Callable | None = None  # the formula of the truth, where the op's reference does not fit memory
     in_place: bool = False  # the op writes to its inputs: each peer has its own
@@ -115,6 +116,9 @@ def _peers(suite: Suite, case: str, device: str, compiled: bool, result: Result)
         for name in [name for name in peers if name == "plain" or (result.backward and name.endswith(" plain"))]:
             del peers[name]
             result.skipped[name] = "too big"
+    for name in suite.slow if device == "cpu" else ():
+        if peers.pop(name, None):
+            result.skipped[name] = "too slow"
     return peers
 
 

@@ -14,13 +14,19 @@ using Floats = std::vector<double>;
 
 constexpr int64_t kPairWork = 40;   // multiplications of a kernel's value and slope
 constexpr int64_t kMostGroups = 32;
+constexpr int64_t kFewBlocks = 8, kFewDimensions = 128;  // of small samples
 
-// Blocks a group: tasks of at least kTaskWork multiplications, and one group where the whole is not worth four of them.
+// Blocks a group, for tasks of at least kTaskWork multiplications, but no fewer than four groups.
 int64_t blocks_of_group(int64_t blocks, int64_t work) {
   const int64_t tile = kMmdBlock * kMmdBlock * work;
-  if (blocks * blocks / 2 * tile < 4 * kTaskWork) return std::max<int64_t>(blocks, 1);
   const auto side = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(kTaskWork) / static_cast<double>(tile))));
-  return std::max({side, ceil_div(blocks, kMostGroups), int64_t(1)});
+  return std::max({std::min(side, blocks / 4), ceil_div(blocks, kMostGroups), int64_t(1)});
+}
+
+// Copies of small samples, a task each, and one where the whole is not worth two; none of others, which play the tournament.
+int64_t copies_of(int64_t blocks, int64_t D, int64_t work) {
+  if (blocks > kFewBlocks || D > kFewDimensions) return 0;
+  return blocks * blocks / 2 * kMmdBlock * kMmdBlock * work < kTaskWork ? 1 : 2;
 }
 
 // A round-robin tournament: in round 0 each group meets itself, in round r ≥ 1 each meets one other, and every two meet
@@ -50,12 +56,53 @@ MmdPoints<T> points(const Tensor& t, const Tensor* grad) {
 
 template <class T>
 MmdProblem<T> problem(int64_t kernel, const Floats& scales, double unit, const MmdPoints<T>& x, const MmdPoints<T>& y,
-                      int64_t D, const MmdWeights& weights, int64_t group, T* constants) {
-  MmdProblem<T> p{{}, x, y, D, weights, group, nullptr, nullptr};
+                      int64_t D, const MmdWeights& weights, int64_t group, int64_t copies, T* constants) {
+  MmdProblem<T> p{{}, x, y, D, weights, group, copies, nullptr, nullptr};
   p.profile.kernel = static_cast<MmdKernel>(kernel);
   p.profile.scales = static_cast<int64_t>(scales.size());
   kernels<T>().mmd.pack_profile(p.profile, scales.data(), unit, constants);
   return p;
+}
+
+template <class T>
+void load(const MmdProblem<T>& p) {
+  in_parts(p.block_count(), kMmdBlock * p.D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.load(p, first, last); });
+}
+
+// A share of the tiles for each copy: nothing that one core writes is read by another, which at this size would take longer
+// than to compute it.
+template <class T>
+std::vector<double> sums_of_copies(const MmdProblem<T>& p) {
+  const int64_t blocks = p.block_count(), tiles = blocks * (blocks + 1) / 2;
+  std::vector<double> sums(p.copies, 0.0);
+  for_each_task(p.copies, [&](int64_t i) {
+    const MmdProblem<T> copy = p.copy(i);
+    kernels<T>().mmd.load(copy, 0, blocks);
+    double sum = 0;
+    for (int64_t b = 0, tile = 0; b < blocks; ++b)
+      for (int64_t c = b; c < blocks; ++c, ++tile)
+        if (tile * p.copies / tiles == i) sum += kernels<T>().mmd.pairs(copy, b, c);
+    sums[i] = sum;
+  });
+  return sums;
+}
+
+template <class T>
+std::vector<double> sums_of_tournament(const MmdProblem<T>& p) {
+  load(p);
+  const Tournament schedule(p.groups());
+  const int64_t width = schedule.most_games();
+  std::vector<double> sums(schedule.rounds() * width, 0.0);
+  const auto play = [&](int64_t i) {
+    const auto [a, b] = schedule.game(i / width, i % width);
+    if (i % width < schedule.games(i / width) && b < schedule.groups) sums[i] = kernels<T>().mmd.pairs(p, a, b);
+  };
+  if (!p.grads)
+    for_each_task(static_cast<int64_t>(sums.size()), play);
+  else
+    for (int64_t round = 0; round < schedule.rounds(); ++round)
+      for_each_task(schedule.games(round), [&](int64_t i) { play(round * width + i); });
+  return sums;
 }
 
 template <class T>
@@ -65,29 +112,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, int
   Tensor value = empty(x, {}), grad_x = empty(x, {need_x ? N : 0, need_x ? D : 0});
   Tensor grad_y = empty(x, {need_y ? M : 0, need_y ? D : 0});
   const auto px = points<T>(x, need_x ? &grad_x : nullptr), py = points<T>(y, need_y ? &grad_y : nullptr);
-  const int64_t blocks = px.blocks() + py.blocks(), size = blocks * D * kMmdBlock, constants = MmdProfile<T>::size(S);
   const bool need = need_x || need_y;
+  const int64_t blocks = px.blocks() + py.blocks(), work = (need ? 3 : 1) * D + kPairWork;
+  const int64_t copies = copies_of(blocks, D, work), group = copies ? 1 : blocks_of_group(blocks, work);
+  const int64_t size = std::max<int64_t>(copies, 1) * blocks * D * kMmdBlock, constants = MmdProfile<T>::size(S);
   const MmdWeights weights(static_cast<MmdKernel>(kernel), scales, static_cast<MmdEstimator>(estimator), sections, N, M);
   Arena<T> arena(Scratch::launch, constants, size, need ? size : 0);
-  const int64_t group = blocks_of_group(blocks, (need ? 3 : 1) * D + kPairWork);
-  MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, weights, group, arena.take(constants));
+  MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, weights, group, copies, arena.take(constants));
   p.blocks = arena.take(size);
   if (need) p.grads = arena.take(size);
-  in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.load(p, first, last); });
-  const Tournament schedule(p.groups());
-  const int64_t width = schedule.most_games();
-  std::vector<double> sums(schedule.rounds() * width, 0.0);
-  const auto play = [&](int64_t i) {
-    const auto [a, b] = schedule.game(i / width, i % width);
-    if (i % width < schedule.games(i / width) && b < schedule.groups) sums[i] = kernels<T>().mmd.pairs(p, a, b);
-  };
-  if (!need) {
-    for_each_task(static_cast<int64_t>(sums.size()), play);
-  } else {
-    for (int64_t round = 0; round < schedule.rounds(); ++round)
-      for_each_task(schedule.games(round), [&](int64_t i) { play(round * width + i); });
+  const std::vector<double> sums = copies ? sums_of_copies(p) : sums_of_tournament(p);
+  if (need)
     in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.store_grads(p, first, last); });
-  }
   double total = weights.constant;
   for (const double sum : sums) total += sum;
   *value.mutable_data_ptr<T>() = static_cast<T>(total);
@@ -102,9 +138,9 @@ Tensor matrix(const Tensor& x, const Tensor& y, int64_t kernel, const Floats& sc
   const int64_t blocks = px.blocks() + py.blocks(), size = blocks * D * kMmdBlock;
   const MmdWeights none(static_cast<MmdKernel>(kernel), scales, MmdEstimator::sum, {0, 0, 0}, 0, 0);
   Arena<T> arena(Scratch::launch, constants, size);
-  MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, none, 1, arena.take(constants));
+  MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, none, 1, 1, arena.take(constants));
   p.blocks = arena.take(size);
-  in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.load(p, first, last); });
+  load(p);
   in_parts(px.blocks(), kMmdBlock * y.size(0) * (D + kPairWork), [&](int64_t first, int64_t last) {
     kernels<T>().mmd.matrix(p, out.mutable_data_ptr<T>(), first, last);
   });

@@ -93,13 +93,14 @@ def check(op: str, x: Tensor, y: Tensor, kernel: str, scales: Sequence[float] | 
           least: int) -> tuple[Tensor, Tensor, tuple[str, list[float], float]]:
     """The samples in the precision of the kernels, and the kernel's name, scales and unit."""
     x, y = checked_floats(op, "y", x=x, y=y)
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
-        raise ValueError(f"{op}: x and y must have shapes [N, D] and [M, D] with one D ≥ 1, given {list(x.shape)} and "
-                         f"{list(y.shape)}.")
-    if x.shape[0] < least or y.shape[0] < least:
-        raise ValueError(f"{op}: needs {least} or more points in each sample, given N = {x.shape[0]} and M = {y.shape[0]}; "
+    of_x, of_y = x.shape, y.shape
+    if len(of_x) != 2 or len(of_y) != 2 or of_x[1] != of_y[1] or of_x[1] == 0:
+        raise ValueError(f"{op}: x and y must have shapes [N, D] and [M, D] with one D ≥ 1, given {list(of_x)} and "
+                         f"{list(of_y)}.")
+    if of_x[0] < least or of_y[0] < least:
+        raise ValueError(f"{op}: needs {least} or more points in each sample, given N = {of_x[0]} and M = {of_y[0]}; "
                          f"use larger samples{' or the biased estimator' if least == 2 else ''}.")
-    return x.float() if x.dtype in HALF else x, y, _kernel_options(op, x.shape[1], kernel, scales, unit)
+    return x.float() if x.dtype in HALF else x, y, _kernel_options(op, of_x[1], kernel, scales, unit)
 
 
 def _kernel_options(op: str, D: int, kernel: str, scales: Sequence[float] | None,

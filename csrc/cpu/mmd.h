@@ -35,19 +35,27 @@ struct MmdPoints {
 
 // Points are cut into blocks of their own set, those of x first, and blocks into groups; a task is the tiles of two groups.
 // In a round every group is in at most one task, so tasks of a round add to gradients without meeting, in an order that
-// depends on sizes only.
+// depends on sizes only. Small samples have copies of points and gradients instead, a task each.
 template <class T>
 struct MmdProblem {
   MmdProfile<T> profile;
   MmdPoints<T> x, y;
   int64_t D;
   MmdWeights weights;
-  int64_t group;  // blocks a group
-  T* blocks;      // [blocks][D][kMmdBlock], the last point of a set repeated to fill its last block
-  T* grads;       // the same for the gradients, or null
+  int64_t group;   // blocks a group
+  int64_t copies;
+  T* blocks;       // [copies][blocks][D][kMmdBlock], the last point of a set repeated to fill its last block
+  T* grads;        // the same for the gradients, or null
 
   int64_t block_count() const { return x.blocks() + y.blocks(); }
   int64_t groups() const { return (block_count() + group - 1) / group; }
+  int64_t size() const { return block_count() * D * kMmdBlock; }  // of a copy
+  MmdProblem copy(int64_t i) const {
+    MmdProblem p = *this;
+    p.blocks += i * size();
+    if (grads) p.grads += i * size();
+    return p;
+  }
 };
 
 template <class T>
@@ -55,7 +63,7 @@ struct MmdKernels {
   void (*pack_profile)(MmdProfile<T>&, const double* scales, double unit, T* memory);
   void (*load)(const MmdProblem<T>&, int64_t first, int64_t last);                     // blocks [first, last)
   double (*pairs)(const MmdProblem<T>&, int64_t group, int64_t other);                 // weighted sum; adds to grads
-  void (*store_grads)(const MmdProblem<T>&, int64_t first, int64_t last);              // blocks [first, last)
+  void (*store_grads)(const MmdProblem<T>&, int64_t first, int64_t last);              // blocks [first, last), all copies
   void (*matrix)(const MmdProblem<T>&, T* out, int64_t first, int64_t last);           // k(x, y), blocks of x
 };
 

@@ -2,15 +2,16 @@
 
 constexpr int64_t kMmdRational = 8;  // most scales that share one division: the polynomials' degree
 
-// Π (1 + a_t v) over all t but `without`, to the power `power`, as coefficients of v in `out`; returns their number.
-static int64_t mmd_product(const double* a, int64_t scales, int64_t without, int power, double* out) {
+// Π (1 + a_t v) over all t but `without`, as coefficients of v in `out`; returns their number.
+static int64_t mmd_product(const double* a, int64_t scales, int64_t without, double* out) {
   int64_t n = 1;
   out[0] = 1;
-  for (int64_t t = 0; t < scales; ++t)
-    for (int repeat = 0; t != without && repeat < power; ++repeat, ++n) {
-      out[n] = 0;
-      for (int64_t i = n; i > 0; --i) out[i] += a[t] * out[i - 1];
-    }
+  for (int64_t t = 0; t < scales; ++t) {
+    if (t == without) continue;
+    out[n] = 0;
+    for (int64_t i = n; i > 0; --i) out[i] += a[t] * out[i - 1];
+    ++n;
+  }
   return n;
 }
 
@@ -23,20 +24,21 @@ static void mmd_pack_rational(MmdProfile<T>& p, const double* widths, T* numerat
   if (S > kMmdRational) return;
   const double least = *std::min_element(widths, widths + S), greatest = *std::max_element(widths, widths + S);
   if (greatest > 1e4 * least) return;
-  double a[kMmdRational], product[2 * kMmdRational];
+  double a[kMmdRational], product[kMmdRational + 1];
   const double unit = std::sqrt(least) * std::sqrt(greatest), most = sizeof(T) == 4 ? 1e17 : 1e140;
   for (int64_t s = 0; s < S; ++s) a[s] = unit / widths[s];
-  std::fill_n(numerator, S, T(0));
   double sums[3 * kMmdRational] = {}, *const squares = sums + S;
   for (int64_t s = 0; s < S; ++s) {
-    int64_t n = mmd_product(a, S, s, 1, product);
-    for (int64_t i = 0; i < n; ++i) sums[i] += product[i];
-    n = mmd_product(a, S, s, 2, product);
-    for (int64_t i = 0; i < n; ++i) squares[i] += a[s] / unit * product[i];
+    const int64_t n = mmd_product(a, S, s, product);
+    for (int64_t i = 0; i < n; ++i) {
+      const double factor = a[s] / unit * product[i];
+      sums[i] += product[i];
+      for (int64_t j = 0; j < n; ++j) squares[i + j] += factor * product[j];
+    }
   }
   std::copy_n(sums, S, numerator);
   std::copy_n(squares, 2 * S - 1, slope);
-  std::copy_n(product, mmd_product(a, S, -1, 1, product), denominator);
+  std::copy_n(product, mmd_product(a, S, -1, product), denominator);
   const auto value = [&](double v) {
     double q = 1;
     for (int64_t s = 0; s < S; ++s) q *= 1 + a[s] * v;
