@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
-constexpr int64_t kGramGroups = 4;  // groups of 4 rows of a Gram matrix that one reading of the features serves
+constexpr int64_t kGramRows = 16;     // rows of a Gram matrix that one reading of the features serves
+constexpr int64_t kMomentRows = 128;  // rows of the batch of a task, at least
 
 template <class T>
 const PairwiseKlKernels<T>& ops() {
@@ -128,42 +129,46 @@ double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Te
   return deviation;
 }
 
-// The same from Gram matrices.
+// The means, from `sums` that the rows are added up in.
 template <class T>
-double gram_deviation(const Posteriors<T>& batch, const T* centre, bool need_grad, const Tensor& unit) {
-  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8), rows = round_up(N, 4), size = rows * width;
-  Arena<double> arena(Scratch::launch, size, size, width, width, N, N, width * width, width * width, N, N, width, width);
-  PairwiseKlGram<T> p{batch, centre, width};
-  p.a = arena.take(size), p.b = arena.take(size), p.a_mean = arena.take(width), p.b_mean = arena.take(width);
-  p.r = arena.take(N), p.c = arena.take(N), p.gram_a = arena.take(width * width), p.gram_b = arena.take(width * width);
-  p.row = arena.take(N), p.column = arena.take(N), p.row_a = arena.take(width), p.column_b = arena.take(width);
-  std::fill_n(p.a + N * width, size - N * width, 0.0);
-  std::fill_n(p.b + N * width, size - N * width, 0.0);
-  const auto sums = [&](const double* x, const double* weights, double* out) {
-    in_parts(width, 2 * N, [&](int64_t first, int64_t last) { ops<T>().gram_columns(x, weights, N, width, out, first, last); });
-  };
-  in_parts(N, 2 * kExp * D, [&](int64_t first, int64_t last) { ops<T>().gram_features(p, first, last); });
-  sums(p.a, nullptr, p.a_mean);
-  sums(p.b, nullptr, p.b_mean);
-  const double r = mean_of(p.r, N), c = mean_of(p.c, N), all = ops<T>().gram_total(p, r, c);
-  in_parts(N, 4 * width, [&](int64_t first, int64_t last) { ops<T>().gram_centre(p, r, c, first, last); });
-  const int64_t parts = ceil_div(width, 4 * kGramGroups);
-  in_parts(parts, 8 * kGramGroups * N * width, [&](int64_t first, int64_t last) {
+void row_means(const PairwiseKlMean<T>& p) {
+  const int64_t N = p.batch.N, D = p.batch.D, parts = ceil_div(N, p.rows), blocks = ceil_div(D, kMomentColumns);
+  in_parts(parts * blocks, (2 * kExp + 16) * ceil_div(N * D, std::max<int64_t>(parts * blocks, 1)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t part = i % 2 ? parts - 1 - i / 2 : i / 2;  // in turn of those that have the longest and shortest rows
-      ops<T>().gram_products(p, kGramGroups * part, std::min(width / 4, kGramGroups * (part + 1)));
+      const int64_t d = i % blocks * kMomentColumns;
+      ops<T>().moments(p, i / blocks, d, std::min(D, d + kMomentColumns));
     }
   });
-  const double pairs = static_cast<double>(N) * (N - 1);
-  const auto square = [&](const double* x) { return std::inner_product(x, x + N, x, 0.0); };
-  const double squares = square(p.row) + square(p.column);
-  const double total = std::max(ops<T>().gram_merge(p) + N * (squares - all * all * N / (N - 1)), 0.0);
+  in_parts(D, kMomentSums * (parts + 4), [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
+}
+
+// The deviation from Gram matrices.
+template <class T>
+double gram_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
+  const Posteriors<T>& batch = means.batch;
+  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8), rows = round_up(N, 8), size = rows * width;
+  Arena<double> arena(Scratch::launch, size, size, rows, rows, width * width, width * width, D, width, width, width, width, width);
+  PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width};
+  p.a = arena.take(size), p.b = arena.take(size), p.row = arena.take(rows), p.column = arena.take(rows);
+  p.gram_a = arena.take(width * width), p.gram_b = arena.take(width * width);
+  p.level = arena.take(D), p.a_mean = arena.take(width), p.b_mean = arena.take(width), p.inner = arena.take(width);
+  p.row_a = arena.take(width), p.column_b = arena.take(width);
+  for (double* const padding : {p.a, p.b}) std::fill_n(padding + N * width, (rows - N) * width, 0.0);
+  for (double* const padding : {p.row, p.column}) std::fill_n(padding + N, rows - N, 0.0);
+  const double mean = ops<T>().gram_means(p, means.sums);
+  in_parts(N, (2 * kExp + 16) * D, [&](int64_t first, int64_t last) { ops<T>().gram_features(p, first, last); });
+  const int64_t parts = ceil_div(width, kGramRows);
+  in_parts(parts, 2 * kGramRows * N * width, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t part = i % 2 ? parts - 1 - i / 2 : i / 2;  // in turn of those that have the longest and shortest rows
+      ops<T>().gram_products(p, kGramRows * part, std::min(width, kGramRows * (part + 1)));
+    }
+  });
+  const double pairs = static_cast<double>(N) * (N - 1), total = ops<T>().gram_total(p, mean);
   if (need_grad) {
-    sums(p.a, p.row, p.row_a);
-    sums(p.b, p.column, p.column_b);
-    p.mean = -all / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
+    p.mean = -mean / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
     p.dmu = unit.mutable_data_ptr<T>(), p.dlog_var = p.dmu + N * D;
-    in_parts(rows / 4, 16 * width * width, [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
+    in_parts(ceil_div(N, 4), 16 * width * width, [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
   }
   return 0.5 * std::sqrt(total / (pairs - 1));
 }
@@ -175,12 +180,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& mu, const Tenso
   need_grad = need_grad && need_std;
   Tensor mean = empty(mu, {D}), moments = empty(mu, {kMoments, D});
   Tensor deviation = need_std ? empty(mu, {}) : empty(mu, {0}), unit = empty(mu, {need_grad ? 2 : 0, N, D});
-  const PairwiseKlMean<T> p{batch, moments.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>()};
-  const bool direct = need_std && N < 4 * D + 8;
-  if (!direct) in_parts(D, (2 * kExp + 16) * N, [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
-  if (need_std)
-    *deviation.mutable_data_ptr<T>() = static_cast<T>(
-        direct ? direct_deviation(p, need_grad, unit) : gram_deviation(batch, p.moments + centre * D, need_grad, unit));
+  PairwiseKlMean<T> p{batch, moments.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>()};
+  double value;
+  if (need_std && N < 4 * D + 8) {
+    value = direct_deviation(p, need_grad, unit);
+  } else {
+    p.rows = std::max(kMomentRows, ceil_div(N, kMaxTasks));
+    std::vector<double> sums(ceil_div(N, p.rows) * kMomentSums * D);
+    p.sums = sums.data();
+    row_means(p);
+    if (need_std) value = gram_deviation(p, need_grad, unit);
+  }
+  if (need_std) *deviation.mutable_data_ptr<T>() = static_cast<T>(value);
   return {mean, deviation, moments, unit};
 }
 

@@ -40,11 +40,17 @@ struct PairwiseKlDiversity {
 // Sums over the rows for each dimension, with m = μ − centre and w = 1 / σ²; the rows of the tensor `moments`.
 enum Moment { centre, sum_m, sum_w, sum_mw, sum_v_m2, kMoments };
 
+// Sums over the rows of m, v, w, m w, m² and m² w, which the means are made of, and of log v.
+enum MomentSum { of_m, of_v, of_w, of_mw, of_m2, of_m2w, kMeanSums, of_level = kMeanSums, kMomentSums };
+constexpr int64_t kMomentColumns = 64;  // dimensions of a task of these sums
+
 template <class T>
 struct PairwiseKlMean {
   Posteriors<T> batch;
-  T* moments;  // [kMoments][D]
-  T* mean;     // [D]; forward
+  T* moments;    // [kMoments][D]
+  T* mean;       // [D]; forward
+  int64_t rows;  // of a part of the batch
+  double* sums;  // [parts][kMomentSums][D]; m and log v are against the first row, in the means against the centre
   const T *grad_mean, *grad_std, *unit;  // [D], [1] or null, [2][N][D] or null; backward
   int64_t grad_mean_stride;
   T *dmu, *dlog_var;  // [N][D]
@@ -71,14 +77,17 @@ template <class T>
 struct PairwiseKlGram {
   Posteriors<T> batch;
   const T* centre;                   // [D]
+  bool need_gradients;
   int64_t width;                     // 2D, padded to whole groups
   double *a, *b;                     // [N padded to fours][width], centred
+  double *level;                     // [D]: log σ² of the first row
   double *a_mean, *b_mean;           // [width]
-  double *r, *c;                     // [N]
+  double r_mean, c_mean;             // of r and of c + D, with log σ² against `level`
+  double *row, *column;              // [N padded to groups]: ρ and γ
   double *gram_a, *gram_b;           // [width][width]
-  double mean, unit;                 // of 2 KL − T over all pairs; factor of the gradients
-  double *row, *column;              // [N]: ρ and γ
   double *row_a, *column_b;          // [width]: Σ ρ ã, Σ γ b̃
+  double *inner;                     // [width]: parts of the inner product of the Gram matrices
+  double mean, unit;                 // of 2 KL − T over all pairs; factor of the gradients
   T *dmu, *dlog_var;                 // [N][D]
 };
 
@@ -90,6 +99,7 @@ struct PairwiseKlKernels {
   void (*halves)(const Posteriors<T>&, const PairColumns<T>&, int64_t first, int64_t last);  // before `diversity`
   void (*diversity)(const PairwiseKlDiversity<T>&, int64_t task);
 
+  void (*moments)(const PairwiseKlMean<T>&, int64_t part, int64_t first, int64_t last);  // of dimensions
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions
   void (*mean_gradient)(const PairwiseKlMean<T>&, int64_t first, int64_t last);  // of rows
 
@@ -100,13 +110,10 @@ struct PairwiseKlKernels {
   void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows
   void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions
 
+  double (*gram_means)(PairwiseKlGram<T>&, const double* sums);
   void (*gram_features)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of rows
-  void (*gram_columns)(const double* x, const double* weights, int64_t rows, int64_t width, double* out, int64_t first,
-                       int64_t last);  // of features
-  double (*gram_total)(const PairwiseKlGram<T>&, double r_mean, double c_mean);
-  void (*gram_centre)(const PairwiseKlGram<T>&, double r_mean, double c_mean, int64_t first, int64_t last);
-  void (*gram_products)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of fours of features
-  double (*gram_merge)(const PairwiseKlGram<T>&);
+  void (*gram_products)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole groups
+  double (*gram_total)(const PairwiseKlGram<T>&, double mean);
   void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of fours of rows
 };
 
