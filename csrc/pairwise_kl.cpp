@@ -35,14 +35,17 @@ int64_t padded(int64_t n) {
   return round_up(n, 64 / sizeof(T));
 }
 
-// `then(columns, first, last)` follows for the same dimensions.
+// `then(columns, first, last)` follows for the same dimensions, a block that stays in the L1 cache.
 template <class T, class F>
 PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, const F& then) {
   const int64_t stride = padded<T>(batch.N), size = batch.D * stride;
   const PairColumns<T> columns{stride, arena.take(size), arena.take(size), arena.take(size), arena.take(size)};
-  in_parts(batch.D, 3 * kExp * stride, [&](int64_t first, int64_t last) {
-    ops<T>().columns(batch, columns, first, last);
-    then(columns, first, last);
+  in_parts(ceil_div(batch.D, kPairDims), 3 * kExp * kPairDims * stride, [&](int64_t first, int64_t last) {
+    for (int64_t d = first * kPairDims; d < std::min(batch.D, last * kPairDims); d += kPairDims) {
+      const int64_t end = std::min(batch.D, d + kPairDims);
+      ops<T>().columns(batch, columns, d, end);
+      then(columns, d, end);
+    }
   });
   return columns;
 }
@@ -103,16 +106,16 @@ double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Te
   const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
   Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, square, need_grad ? square : 0,
                  need_grad ? stride : 0);
-  std::vector<double> squares(stride);
+  std::vector<double> squares(stride), levels(ceil_div(D, kPairDims) * stride);
   const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
-    ops<T>().means(means, c, first, last);
+    ops<T>().means(means, c, levels.data() + first / kPairDims * stride, first, last);
   });
-  PairwiseKlDirect<T> p{batch, columns};
+  PairwiseKlDirect<T> p{batch, columns, levels.data()};
   p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
   p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(square);
   p.squares = squares.data();
   const int64_t group = 64 / sizeof(T), groups = stride / group, pairs = N * (N - 1);
-  in_parts(groups, group * D, [&](int64_t first, int64_t last) { ops<T>().log_dets(p, first * group, last * group); });
+  ops<T>().log_dets(p);
   in_parts(groups, 2 * group * size, [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
   const T error = static_cast<T>(mean_of(p.sums, stride) * stride / pairs);
   in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });

@@ -12,7 +12,7 @@ struct Posteriors {
   int64_t mu_strides[2], log_var_strides[2];
 };
 
-constexpr int64_t kPairDims = 16;  // dimensions of a block of the gradient of the deviation: a cache line
+constexpr int64_t kPairDims = 16;  // dimensions of a block of columns: a cache line
 
 // The batch by dimension, [D][stride]: rows are padded to whole groups of 64 bytes, with σ² = 1 / σ² = 0.
 template <class T>
@@ -61,6 +61,7 @@ template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
   PairColumns<T> columns;
+  const double* levels;  // [blocks of dimensions][stride]: Σ log σ² less that of the first posterior
   T mean;             // of the total
   T unit, scale;      // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
   T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
@@ -103,8 +104,8 @@ struct PairwiseKlKernels {
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions
   void (*mean_gradient)(const PairwiseKlMean<T>&, int64_t first, int64_t last);  // of rows
 
-  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, int64_t first, int64_t last);  // of dimensions
-  void (*log_dets)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of posteriors, whole groups
+  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, double* levels, int64_t first, int64_t last);  // of dimensions
+  void (*log_dets)(const PairwiseKlDirect<T>&);
   void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors, whole groups
   void (*deviations)(const PairwiseKlDirect<T>&, T error, int64_t first, int64_t last);
   void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows

@@ -245,10 +245,17 @@ static void pairwise_kl_mean_of(const PairwiseKlMean<T>& p, int64_t d, const dou
   moment(sum_m) = T(m), moment(sum_w) = T(w), moment(sum_mw) = T(mw), moment(sum_v_m2) = T(v_m2);
 }
 
-// Dimensions [first, last) of the mean from columns, in whose padding nothing counts.
+// Dimensions [first, last) of the mean from columns, in whose padding nothing counts, and Σ log σ² over them by posterior.
+// Log-determinants of close posteriors must not lose digits to a common level, that of the first one.
 template <class T>
-static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, int64_t first, int64_t last) {
+static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, double* levels, int64_t first, int64_t last) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES, lanes = kLanes<double>;
+  for (int64_t i = 0; i < c.stride; i += lanes) {
+    Vec<double> sum = {};
+    for (const T* log_var = c.log_var + first * c.stride; log_var < c.log_var + last * c.stride; log_var += c.stride)
+      sum += load_wide(log_var + i) - double(log_var[0]);
+    store(levels + i, sum);
+  }
   for (int64_t d = first; d < last; ++d) {
     T* const mu = c.mu + d * c.stride;
     const T *const var = c.var + d * c.stride, *const inverse = c.inverse + d * c.stride;

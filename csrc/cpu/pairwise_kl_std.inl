@@ -34,17 +34,13 @@ static inline void pair_total_tile(const PairwiseKlDirect<T>& p, int64_t j, int6
     }
 }
 
-// log_det of the posteriors [first, last), whole groups; those of close ones must not lose digits to a common level.
 template <class T>
-static void pair_log_dets(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
-  constexpr int parts = kGroup<T> / kLanes<double>;
-  for (int64_t i = first; i < last; i += kGroup<T>) {
-    Vec<double> sums[parts] = {};
-    for (int64_t d = 0; d < p.batch.D; ++d) {
-      const T* const log_var = p.columns.log_var + d * p.columns.stride;
-      for (int k = 0; k < parts; ++k) sums[k] += load_wide(log_var + i + k * kLanes<double>) - double(log_var[0]);
-    }
-    for (int k = 0; k < kGroup<T>; ++k) p.log_det[i + k] = T(sums[k / kLanes<double>][k % kLanes<double>]);
+static void pair_log_dets(const PairwiseKlDirect<T>& p) {
+  const int64_t stride = p.columns.stride;
+  for (int64_t i = 0; i < stride; i += kLanes<double>) {
+    Vec<double> sum = {};
+    for (int64_t block = 0; block * kPairDims < p.batch.D; ++block) sum += load(p.levels + block * stride + i);
+    for (int k = 0; k < kLanes<double>; ++k) p.log_det[i + k] = T(sum[k]);
   }
 }
 
