@@ -291,18 +291,27 @@ static inline Vec<double> widen(Vec<T> x) {
   }
 }
 
-// Sums over rows [first, last) for the dimensions of one vector from d on, against the first row of the batch.
+// Sums over rows [first, last) for the dimensions of one vector from d on. What μ is against, the mean of the first part of
+// the batch, goes to `middle`.
 template <class T, class Load>
-static inline void moment_strip(const PairwiseKlMean<T>& p, int64_t first, int64_t last, int64_t d, const Load& load,
-                                double (&sums)[kMomentSums][kLanes<T>]) {
+static inline void moment_strip(const PairwiseKlMean<T>& p, int64_t first, int64_t last, int64_t d, const Load& read,
+                                T (&middle)[kLanes<T>], double (&sums)[kMomentSums][kLanes<T>]) {
   constexpr int halves = kLanes<T> / kLanes<double>;
   const Posteriors<T>& b = p.batch;
   const T *mu = b.mu + d * b.mu_strides[1], *log_var = b.log_var + d * b.log_var_strides[1];
-  const Vec<T> mu0 = load(mu, b.mu_strides[1]), log_var0 = load(log_var, b.log_var_strides[1]);
+  const int64_t rows = std::min(b.N, p.rows);
+  Vec<double> middles[halves] = {};
+  for (int64_t n = 0; n < rows; ++n) {
+    const Vec<T> x = read(mu + n * b.mu_strides[0], b.mu_strides[1]);
+    middles[0] += widen<T, 0>(x);
+    if constexpr (halves == 2) middles[1] += widen<T, 1>(x);
+  }
+  for (int k = 0; k < kLanes<T>; ++k) middle[k] = T(middles[k / kLanes<double>][k % kLanes<double>] / rows);
+  const Vec<T> mu0 = load(middle), log_var0 = read(log_var, b.log_var_strides[1]);
   Vec<double> totals[kMomentSums][halves] = {};
   for (int64_t n = first; n < last; ++n) {
-    const Vec<T> x = load(mu + n * b.mu_strides[0], b.mu_strides[1]);
-    const Vec<T> y = load(log_var + n * b.log_var_strides[0], b.log_var_strides[1]), var = exp<T>(y), inverse = exp<T>(-y);
+    const Vec<T> x = read(mu + n * b.mu_strides[0], b.mu_strides[1]);
+    const Vec<T> y = read(log_var + n * b.log_var_strides[0], b.log_var_strides[1]), var = exp<T>(y), inverse = exp<T>(-y);
     const auto add = [&](auto half) {
       constexpr int h = half();
       const Vec<double> m = widen<T, h>(x) - widen<T, h>(mu0), v = widen<T, h>(var), w = widen<T, h>(inverse), mw = m * w;
@@ -324,11 +333,13 @@ static void pairwise_kl_moments(const PairwiseKlMean<T>& p, int64_t part, int64_
   const bool contiguous = p.batch.mu_strides[1] == 1 && p.batch.log_var_strides[1] == 1;
   for (int64_t d = first; d < last; d += kLanes<T>) {
     const int64_t count = std::min<int64_t>(last - d, kLanes<T>);
+    T middle[kLanes<T>];
     double sums[kMomentSums][kLanes<T>];
     if (contiguous && count == kLanes<T>)
-      moment_strip(p, row, end, d, [](const T* x, int64_t) { return load(x); }, sums);
+      moment_strip(p, row, end, d, [](const T* x, int64_t) { return load(x); }, middle, sums);
     else
-      moment_strip(p, row, end, d, [=](const T* x, int64_t stride) { return load_strided(x, stride, count); }, sums);
+      moment_strip(p, row, end, d, [=](const T* x, int64_t stride) { return load_strided(x, stride, count); }, middle, sums);
+    if (part == 0) std::copy_n(middle, count, p.moments + centre * D + d);
     for (int s = 0; s < kMomentSums; ++s) std::copy_n(sums[s], count, p.sums + (part * kMomentSums + s) * D + d);
   }
 }
@@ -342,9 +353,8 @@ static void pairwise_kl_mean(const PairwiseKlMean<T>& p, int64_t first, int64_t 
       for (int64_t k = s * D + first; k < s * D + last; ++k) p.sums[k] += p.sums[part * size + k];
   for (int64_t d = first; d < last; ++d) {
     const auto sum = [&](MomentSum s) -> double& { return p.sums[s * D + d]; };
-    const double N = p.batch.N, first_mu = p.batch.mu[d * p.batch.mu_strides[1]];
-    const T middle = p.moments[centre * D + d] = T(first_mu + sum(of_m) / N);
-    const double shift = middle - first_mu;
+    const double N = p.batch.N, middle = p.moments[centre * D + d];
+    const double shift = (p.moments[centre * D + d] = T(middle + sum(of_m) / N)) - middle;
     sum(of_m2w) -= shift * (2 * sum(of_mw) - shift * sum(of_w)), sum(of_mw) -= shift * sum(of_w);
     sum(of_m2) -= shift * (2 * sum(of_m) - shift * N), sum(of_m) -= shift * N;
     pairwise_kl_mean_of(p, d, p.sums + d, D);
