@@ -38,10 +38,11 @@ void for_each_task(int64_t n, const F& task) {
 }
 
 // Runs f(first, last) over [0, n), in parallel where the n items of `work` multiplications each are worth it. The parts
-// depend on sizes only.
+// depend on sizes only; their number is a power of two, which threads share evenly.
 template <class F>
 void in_parts(int64_t n, int64_t work, const F& f) {
-  const int64_t parts = std::clamp<int64_t>(n * work / kTaskWork, 1, kMaxTasks);
+  int64_t parts = 1;
+  while (parts < std::min(n * work / kTaskWork, kMaxTasks)) parts *= 2;
   const int64_t step = std::max<int64_t>(ceil_div(n, parts), 1);
   for_each_task(ceil_div(n, step), [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
 }

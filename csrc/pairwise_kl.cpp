@@ -16,7 +16,9 @@ namespace {
 
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
-constexpr int64_t kGramGroups = 4;  // groups of 4 rows of a Gram matrix that one reading of the features serves
+constexpr int64_t kGramRows = 16;     // rows of a Gram matrix that one reading of the features serves
+constexpr int64_t kPairSplits = 4;    // of the dimensions, at most
+constexpr int64_t kMomentRows = 128;  // rows of the batch of a task, at least
 
 template <class T>
 const PairwiseKlKernels<T>& ops() {
@@ -34,14 +36,17 @@ int64_t padded(int64_t n) {
   return round_up(n, 64 / sizeof(T));
 }
 
-// `then(columns, first, last)` follows for the same dimensions.
+// `then(columns, first, last)` follows for the same dimensions, a block that stays in the L1 cache.
 template <class T, class F>
 PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, const F& then) {
   const int64_t stride = padded<T>(batch.N), size = batch.D * stride;
   const PairColumns<T> columns{stride, arena.take(size), arena.take(size), arena.take(size), arena.take(size)};
-  in_parts(batch.D, 3 * kExp * stride, [&](int64_t first, int64_t last) {
-    ops<T>().columns(batch, columns, first, last);
-    then(columns, first, last);
+  in_parts(ceil_div(batch.D, kPairDims), 3 * kExp * kPairDims * stride, [&](int64_t first, int64_t last) {
+    for (int64_t d = first * kPairDims; d < std::min(batch.D, last * kPairDims); d += kPairDims) {
+      const int64_t end = std::min(batch.D, d + kPairDims);
+      ops<T>().columns(batch, columns, d, end);
+      then(columns, d, end);
+    }
   });
   return columns;
 }
@@ -100,19 +105,21 @@ template <class T>
 double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
   const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
-  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, square, need_grad ? square : 0,
+  const int64_t splits = std::clamp<int64_t>(D / stride, 1, kPairSplits);
+  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, splits * square, need_grad ? square : 0,
                  need_grad ? stride : 0);
-  std::vector<double> squares(stride);
+  std::vector<double> squares(stride), levels(ceil_div(D, kPairDims) * stride);
   const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
-    ops<T>().means(means, c, first, last);
+    ops<T>().means(means, c, levels.data() + first / kPairDims * stride, first, last);
   });
-  PairwiseKlDirect<T> p{batch, columns};
+  PairwiseKlDirect<T> p{batch, columns, splits, ceil_div(D, splits), levels.data()};
   p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
-  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(square);
+  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(splits * square);
   p.squares = squares.data();
-  const int64_t group = 64 / sizeof(T), groups = stride / group, pairs = N * (N - 1);
-  in_parts(groups, group * D, [&](int64_t first, int64_t last) { ops<T>().log_dets(p, first * group, last * group); });
-  in_parts(groups, 2 * group * size, [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
+  const int64_t group = 64 / sizeof(T), tasks = splits * stride / group, pairs = N * (N - 1);
+  in_parts(tasks, 2 * group * stride * p.dims, [&](int64_t first, int64_t last) { ops<T>().totals(p, first, last); });
+  ops<T>().log_dets(p);
+  in_parts(stride, splits * stride, [&](int64_t first, int64_t last) { ops<T>().sums(p, first, last); });
   const T error = static_cast<T>(mean_of(p.sums, stride) * stride / pairs);
   in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });
   const double spread = std::sqrt(mean_of(p.squares, stride) * stride / (pairs - 1));
@@ -128,42 +135,48 @@ double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Te
   return deviation;
 }
 
-// The same from Gram matrices.
+// The means, from `sums` that the rows are added up in.
 template <class T>
-double gram_deviation(const Posteriors<T>& batch, const T* centre, bool need_grad, const Tensor& unit) {
-  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8), rows = round_up(N, 4), size = rows * width;
-  Arena<double> arena(Scratch::launch, size, size, width, width, N, N, width * width, width * width, N, N, width, width);
-  PairwiseKlGram<T> p{batch, centre, width};
-  p.a = arena.take(size), p.b = arena.take(size), p.a_mean = arena.take(width), p.b_mean = arena.take(width);
-  p.r = arena.take(N), p.c = arena.take(N), p.gram_a = arena.take(width * width), p.gram_b = arena.take(width * width);
-  p.row = arena.take(N), p.column = arena.take(N), p.row_a = arena.take(width), p.column_b = arena.take(width);
-  std::fill_n(p.a + N * width, size - N * width, 0.0);
-  std::fill_n(p.b + N * width, size - N * width, 0.0);
-  const auto sums = [&](const double* x, const double* weights, double* out) {
-    in_parts(width, 2 * N, [&](int64_t first, int64_t last) { ops<T>().gram_columns(x, weights, N, width, out, first, last); });
-  };
-  in_parts(N, 2 * kExp * D, [&](int64_t first, int64_t last) { ops<T>().gram_features(p, first, last); });
-  sums(p.a, nullptr, p.a_mean);
-  sums(p.b, nullptr, p.b_mean);
-  const double r = mean_of(p.r, N), c = mean_of(p.c, N), all = ops<T>().gram_total(p, r, c);
-  in_parts(N, 4 * width, [&](int64_t first, int64_t last) { ops<T>().gram_centre(p, r, c, first, last); });
-  const int64_t parts = ceil_div(width, 4 * kGramGroups);
-  in_parts(parts, 8 * kGramGroups * N * width, [&](int64_t first, int64_t last) {
+void row_means(const PairwiseKlMean<T>& p) {
+  const int64_t N = p.batch.N, D = p.batch.D, parts = ceil_div(N, p.rows), blocks = ceil_div(D, kMomentColumns);
+  const int64_t work = (2 * kExp + 16) * std::min(N, p.rows) * std::min(D, kMomentColumns);
+  in_parts(parts * blocks, work, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t part = i % 2 ? parts - 1 - i / 2 : i / 2;  // in turn of those that have the longest and shortest rows
-      ops<T>().gram_products(p, kGramGroups * part, std::min(width / 4, kGramGroups * (part + 1)));
+      const int64_t d = i % blocks * kMomentColumns;
+      ops<T>().moments(p, i / blocks, d, std::min(D, d + kMomentColumns));
     }
   });
-  const double pairs = static_cast<double>(N) * (N - 1);
-  const auto square = [&](const double* x) { return std::inner_product(x, x + N, x, 0.0); };
-  const double squares = square(p.row) + square(p.column);
-  const double total = std::max(ops<T>().gram_merge(p) + N * (squares - all * all * N / (N - 1)), 0.0);
+  in_parts(D, kMomentSums * (parts + 4), [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
+}
+
+// The deviation from Gram matrices.
+template <class T>
+double gram_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
+  const Posteriors<T>& batch = means.batch;
+  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8), rows = round_up(N, 8), size = rows * width;
+  Arena<double> arena(Scratch::launch, size, size, rows, rows, width * width, width * width, D, width, width, width, width,
+                      width);
+  PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width};
+  p.a = arena.take(size), p.b = arena.take(size), p.row = arena.take(rows), p.column = arena.take(rows);
+  p.gram_a = arena.take(width * width), p.gram_b = arena.take(width * width);
+  p.level = arena.take(D), p.a_mean = arena.take(width), p.b_mean = arena.take(width), p.inner = arena.take(width);
+  p.row_a = arena.take(width), p.column_b = arena.take(width);
+  for (double* const padding : {p.a, p.b}) std::fill_n(padding + N * width, (rows - N) * width, 0.0);
+  for (double* const padding : {p.row, p.column}) std::fill_n(padding + N, rows - N, 0.0);
+  const double mean = ops<T>().gram_means(p, means.sums);
+  in_parts(N, (2 * kExp + 16) * D, [&](int64_t first, int64_t last) { ops<T>().gram_features(p, first, last); });
+  const int64_t parts = ceil_div(width, kGramRows);
+  in_parts(parts, 2 * kGramRows * N * width, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t part = i % 2 ? parts - 1 - i / 2 : i / 2;  // in turn of those that have the longest and shortest rows
+      ops<T>().gram_products(p, kGramRows * part, std::min(width, kGramRows * (part + 1)));
+    }
+  });
+  const double pairs = static_cast<double>(N) * (N - 1), total = ops<T>().gram_total(p, mean);
   if (need_grad) {
-    sums(p.a, p.row, p.row_a);
-    sums(p.b, p.column, p.column_b);
-    p.mean = -all / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
+    p.mean = -mean / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
     p.dmu = unit.mutable_data_ptr<T>(), p.dlog_var = p.dmu + N * D;
-    in_parts(rows / 4, 16 * width * width, [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
+    in_parts(ceil_div(N, 4), 16 * width * width, [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
   }
   return 0.5 * std::sqrt(total / (pairs - 1));
 }
@@ -175,12 +188,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& mu, const Tenso
   need_grad = need_grad && need_std;
   Tensor mean = empty(mu, {D}), moments = empty(mu, {kMoments, D});
   Tensor deviation = need_std ? empty(mu, {}) : empty(mu, {0}), unit = empty(mu, {need_grad ? 2 : 0, N, D});
-  const PairwiseKlMean<T> p{batch, moments.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>()};
-  const bool direct = need_std && N < 4 * D + 8;
-  if (!direct) in_parts(D, (2 * kExp + 16) * N, [&](int64_t first, int64_t last) { ops<T>().mean(p, first, last); });
-  if (need_std)
-    *deviation.mutable_data_ptr<T>() = static_cast<T>(
-        direct ? direct_deviation(p, need_grad, unit) : gram_deviation(batch, p.moments + centre * D, need_grad, unit));
+  PairwiseKlMean<T> p{batch, moments.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>()};
+  double value;
+  if (need_std && N < 4 * D + 8) {
+    value = direct_deviation(p, need_grad, unit);
+  } else {
+    p.rows = std::max(kMomentRows, ceil_div(N, kMaxTasks));
+    std::vector<double> sums(ceil_div(N, p.rows) * kMomentSums * D);
+    p.sums = sums.data();
+    row_means(p);
+    if (need_std) value = gram_deviation(p, need_grad, unit);
+  }
+  if (need_std) *deviation.mutable_data_ptr<T>() = static_cast<T>(value);
   return {mean, deviation, moments, unit};
 }
 

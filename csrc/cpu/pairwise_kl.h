@@ -12,7 +12,7 @@ struct Posteriors {
   int64_t mu_strides[2], log_var_strides[2];
 };
 
-constexpr int64_t kPairDims = 16;  // dimensions of a block of the gradient of the deviation: a cache line
+constexpr int64_t kPairDims = 16;  // dimensions of a block of columns: a cache line
 
 // The batch by dimension, [D][stride]: rows are padded to whole groups of 64 bytes, with σ² = 1 / σ² = 0.
 template <class T>
@@ -40,11 +40,17 @@ struct PairwiseKlDiversity {
 // Sums over the rows for each dimension, with m = μ − centre and w = 1 / σ²; the rows of the tensor `moments`.
 enum Moment { centre, sum_m, sum_w, sum_mw, sum_v_m2, kMoments };
 
+// Sums over the rows of m, v, w, m w, m² and m² w, which the means are made of, and of log v.
+enum MomentSum { of_m, of_v, of_w, of_mw, of_m2, of_m2w, kMeanSums, of_level = kMeanSums, kMomentSums };
+constexpr int64_t kMomentColumns = 64;  // dimensions of a task of these sums
+
 template <class T>
 struct PairwiseKlMean {
   Posteriors<T> batch;
-  T* moments;  // [kMoments][D]
-  T* mean;     // [D]; forward
+  T* moments;    // [kMoments][D]
+  T* mean;       // [D]; forward
+  int64_t rows;  // of a part of the batch
+  double* sums;  // [parts][kMomentSums][D], log v against the first row
   const T *grad_mean, *grad_std, *unit;  // [D], [1] or null, [2][N][D] or null; backward
   int64_t grad_mean_stride;
   T *dmu, *dlog_var;  // [N][D]
@@ -55,10 +61,12 @@ template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
   PairColumns<T> columns;
+  int64_t splits, dims;  // the dimensions of a split are added up by the thread that made their columns
+  const double* levels;  // [blocks of dimensions][stride]: Σ log σ² less that of the first posterior
   T mean;             // of the total
   T unit, scale;      // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
   T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
-  T* deviations;      // [stride][stride]: KL − mean by second posterior, 0 on the diagonal and in the padding
+  T* deviations;      // [splits][stride][stride], in the first KL − mean by second posterior, 0 on the diagonal and in padding
   T* sums;            // [stride]
   double* squares;    // [stride]: beyond float where deviations pass 1.8e19
   T* turned;          // [stride][stride]: the deviations by first posterior, times unit
@@ -71,14 +79,17 @@ template <class T>
 struct PairwiseKlGram {
   Posteriors<T> batch;
   const T* centre;                   // [D]
+  bool need_gradients;
   int64_t width;                     // 2D, padded to whole groups
   double *a, *b;                     // [N padded to fours][width], centred
+  double *level;                     // [D]: log σ² of the first row
   double *a_mean, *b_mean;           // [width]
-  double *r, *c;                     // [N]
+  double r_mean, c_mean;             // of r and of c + D, with log σ² against `level`
+  double *row, *column;              // [N padded to groups]: ρ and γ
   double *gram_a, *gram_b;           // [width][width]
-  double mean, unit;                 // of 2 KL − T over all pairs; factor of the gradients
-  double *row, *column;              // [N]: ρ and γ
   double *row_a, *column_b;          // [width]: Σ ρ ã, Σ γ b̃
+  double *inner;                     // [width]: parts of the inner product of the Gram matrices
+  double mean, unit;                 // of 2 KL − T over all pairs; factor of the gradients
   T *dmu, *dlog_var;                 // [N][D]
 };
 
@@ -90,23 +101,22 @@ struct PairwiseKlKernels {
   void (*halves)(const Posteriors<T>&, const PairColumns<T>&, int64_t first, int64_t last);  // before `diversity`
   void (*diversity)(const PairwiseKlDiversity<T>&, int64_t task);
 
+  void (*moments)(const PairwiseKlMean<T>&, int64_t part, int64_t first, int64_t last);  // of dimensions
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions
   void (*mean_gradient)(const PairwiseKlMean<T>&, int64_t first, int64_t last);  // of rows
 
-  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, int64_t first, int64_t last);  // of dimensions
-  void (*log_dets)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of posteriors, whole groups
-  void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors, whole groups
+  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, double* levels, int64_t first, int64_t last);
+  void (*log_dets)(const PairwiseKlDirect<T>&);
+  void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of splits × groups of second posteriors
+  void (*sums)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);    // of second posteriors
   void (*deviations)(const PairwiseKlDirect<T>&, T error, int64_t first, int64_t last);
   void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows
   void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions
 
+  double (*gram_means)(PairwiseKlGram<T>&, const double* sums);
   void (*gram_features)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of rows
-  void (*gram_columns)(const double* x, const double* weights, int64_t rows, int64_t width, double* out, int64_t first,
-                       int64_t last);  // of features
-  double (*gram_total)(const PairwiseKlGram<T>&, double r_mean, double c_mean);
-  void (*gram_centre)(const PairwiseKlGram<T>&, double r_mean, double c_mean, int64_t first, int64_t last);
-  void (*gram_products)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of fours of features
-  double (*gram_merge)(const PairwiseKlGram<T>&);
+  void (*gram_products)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole groups
+  double (*gram_total)(const PairwiseKlGram<T>&, double mean);
   void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of fours of rows
 };
 

@@ -206,30 +206,32 @@ static void pair_collect(const Posteriors<T>& p, const PairColumns<T>& c, const 
   }
 }
 
-constexpr int64_t kMomentColumns = 64;
+// The first n lanes of values that are `stride` apart, zero in the others.
+template <class T>
+static inline Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_lanes(p, n);
+  T lanes[kLanes<T>] = {};
+  for (int64_t k = 0; k < std::min<int64_t>(n, kLanes<T>); ++k) lanes[k] = p[k * stride];
+  return load(lanes);
+}
 
-// A row over some of the columns: m = μ − centre, σ² and 1 / σ².
+// A row over some of the columns: m = μ − centre, log σ², σ² and 1 / σ²; 0, 0, 1 and 1 from `count` to a whole group.
 template <class T>
 struct CentredRow {
   T mu[kMomentColumns], log_var[kMomentColumns], var[kMomentColumns], inverse[kMomentColumns];
 
   void read(const Posteriors<T>& p, int64_t n, int64_t first, int64_t count, const T* centre) {
     const T *const mu_row = p.mu + n * p.mu_strides[0], *const log_var_row = p.log_var + n * p.log_var_strides[0];
-    for (int64_t k = 0; k < count; ++k) {
-      mu[k] = mu_row[(first + k) * p.mu_strides[1]] - centre[k];
-      log_var[k] = log_var_row[(first + k) * p.log_var_strides[1]];
-    }
-    std::fill(log_var + count, log_var + round_up(count, kLanes<T>), T(0));
-    for (int64_t k = 0; k < count; k += kLanes<T>) {
-      const Vec<T> x = load(log_var + k);
+    for (int64_t k = 0; k < round_up(count, kGroup<T>); k += kLanes<T>) {
+      const int64_t d = first + k, left = std::max<int64_t>(count - k, 0);
+      store(mu + k, load_strided(mu_row + d * p.mu_strides[1], p.mu_strides[1], left) - load_lanes(centre + k, left));
+      const Vec<T> x = load_strided(log_var_row + d * p.log_var_strides[1], p.log_var_strides[1], left);
+      store(log_var + k, x);
       store(var + k, exp<T>(x));
       store(inverse + k, exp<T>(-x));
     }
   }
 };
-
-// Sums over the posteriors of m, v, w, m w, m² and m² w.
-enum MomentSum { of_m, of_v, of_w, of_mw, of_m2, of_m2w, kMomentSums };
 
 // Σ_ij KL_d(i‖j) = ½ [Σ v Σ w + Σ m² Σ w − 2 Σ m Σ m w + N Σ m² w − N²], since the log-variances cancel over all pairs.
 // `sums` are `stride` apart.
@@ -243,17 +245,24 @@ static void pairwise_kl_mean_of(const PairwiseKlMean<T>& p, int64_t d, const dou
   moment(sum_m) = T(m), moment(sum_w) = T(w), moment(sum_mw) = T(mw), moment(sum_v_m2) = T(v_m2);
 }
 
-// Dimensions [first, last) of the mean from columns, in whose padding nothing counts.
+// Dimensions [first, last) of the mean from columns, in whose padding nothing counts, and Σ log σ² over them by posterior.
+// Log-determinants of close posteriors must not lose digits to a common level, that of the first one.
 template <class T>
-static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, int64_t first, int64_t last) {
+static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, double* levels, int64_t first, int64_t last) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES, lanes = kLanes<double>;
+  for (int64_t i = 0; i < c.stride; i += lanes) {
+    Vec<double> sum = {};
+    for (const T* log_var = c.log_var + first * c.stride; log_var < c.log_var + last * c.stride; log_var += c.stride)
+      sum += load_wide(log_var + i) - double(log_var[0]);
+    store(levels + i, sum);
+  }
   for (int64_t d = first; d < last; ++d) {
     T* const mu = c.mu + d * c.stride;
     const T *const var = c.var + d * c.stride, *const inverse = c.inverse + d * c.stride;
     const double total = sum_groups<double>(c.stride, [&](int64_t i) { return load_wide(mu + i); });
     const T middle = p.moments[centre * p.batch.D + d] = T(total / p.batch.N);
     std::fill(mu + p.batch.N, mu + c.stride, middle);
-    Vec<double> parts[kMomentSums][registers] = {}, folded[kMomentSums];
+    Vec<double> parts[kMeanSums][registers] = {}, folded[kMeanSums];
     for (int64_t i = 0; i < c.stride; i += kGroup<double>)
 #pragma GCC unroll 4
       for (int r = 0; r < registers; ++r) {
@@ -263,40 +272,93 @@ static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, int6
         parts[of_m][r] += m, parts[of_v][r] += v, parts[of_w][r] += w, parts[of_mw][r] += mw;
         parts[of_m2][r] += m * m, parts[of_m2w][r] += m * mw;
       }
-    for (int k = 0; k < kMomentSums; ++k) folded[k] = fold_registers<double>(parts[k]);
+    for (int k = 0; k < kMeanSums; ++k) folded[k] = fold_registers<double>(parts[k]);
     double sums[8];  // whole vectors
     sum_halves_of<double>(folded, sums);
     pairwise_kl_mean_of(p, d, sums, 1);
   }
 }
 
-template <class T>
-static void pairwise_kl_mean_columns(const PairwiseKlMean<T>& p, int64_t first, int64_t count) {
-  const int64_t N = p.batch.N, D = p.batch.D;
-  const auto moment = [&](Moment m) { return p.moments + m * D + first; };
-  double sums[kMomentSums][kMomentColumns] = {};
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t k = 0; k < count; ++k)
-      sums[0][k] += p.batch.mu[n * p.batch.mu_strides[0] + (first + k) * p.batch.mu_strides[1]];
-  for (int64_t k = 0; k < count; ++k) {
-    moment(centre)[k] = T(sums[0][k] / N);
-    sums[0][k] = 0;
+// Half h of the lanes, as double.
+template <class T, int h>
+static inline Vec<double> widen(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    return x;
+  } else {
+    using Part = typename Sized<T, kLanes<double> * sizeof(T)>::Vec;
+    const Part part = lanes_from<h * kLanes<double>, T>(x, std::make_integer_sequence<int, kLanes<double>>{});
+    return __builtin_convertvector(part, Vec<double>);
   }
-  CentredRow<T> row;
-  for (int64_t n = 0; n < N; ++n) {
-    row.read(p.batch, n, first, count, moment(centre));
-    for (int64_t k = 0; k < count; ++k) {
-      const double m = row.mu[k], v = row.var[k], w = row.inverse[k], mw = m * w;
-      sums[of_m][k] += m, sums[of_v][k] += v, sums[of_w][k] += w, sums[of_mw][k] += mw;
-      sums[of_m2][k] += m * m, sums[of_m2w][k] += m * mw;
-    }
-  }
-  for (int64_t k = 0; k < count; ++k) pairwise_kl_mean_of(p, first + k, &sums[0][k], kMomentColumns);
 }
 
+// Sums over rows [first, last) for the dimensions of one vector from d on. What μ is against, the mean of the first part of
+// the batch, goes to `middle`.
+template <class T, class Load>
+static inline void moment_strip(const PairwiseKlMean<T>& p, int64_t first, int64_t last, int64_t d, const Load& read,
+                                T (&middle)[kLanes<T>], double (&sums)[kMomentSums][kLanes<T>]) {
+  constexpr int halves = kLanes<T> / kLanes<double>;
+  const Posteriors<T>& b = p.batch;
+  const T *mu = b.mu + d * b.mu_strides[1], *log_var = b.log_var + d * b.log_var_strides[1];
+  const int64_t rows = std::min(b.N, p.rows);
+  Vec<double> middles[halves] = {};
+  for (int64_t n = 0; n < rows; ++n) {
+    const Vec<T> x = read(mu + n * b.mu_strides[0], b.mu_strides[1]);
+    middles[0] += widen<T, 0>(x);
+    if constexpr (halves == 2) middles[1] += widen<T, 1>(x);
+  }
+  for (int k = 0; k < kLanes<T>; ++k) middle[k] = T(middles[k / kLanes<double>][k % kLanes<double>] / rows);
+  const Vec<T> mu0 = load(middle), log_var0 = read(log_var, b.log_var_strides[1]);
+  Vec<double> totals[kMomentSums][halves] = {};
+  for (int64_t n = first; n < last; ++n) {
+    const Vec<T> x = read(mu + n * b.mu_strides[0], b.mu_strides[1]);
+    const Vec<T> y = read(log_var + n * b.log_var_strides[0], b.log_var_strides[1]), var = exp<T>(y), inverse = exp<T>(-y);
+    const auto add = [&](auto half) {
+      constexpr int h = half();
+      const Vec<double> m = widen<T, h>(x) - widen<T, h>(mu0), v = widen<T, h>(var), w = widen<T, h>(inverse), mw = m * w;
+      totals[of_m][h] += m, totals[of_v][h] += v, totals[of_w][h] += w, totals[of_mw][h] += mw;
+      totals[of_m2][h] += m * m, totals[of_m2w][h] += m * mw;
+      totals[of_level][h] += widen<T, h>(y) - widen<T, h>(log_var0);
+    };
+    add(std::integral_constant<int, 0>{});
+    if constexpr (halves == 2) add(std::integral_constant<int, 1>{});
+  }
+  for (int s = 0; s < kMomentSums; ++s)
+    for (int h = 0; h < halves; ++h) store(sums[s] + h * kLanes<double>, totals[s][h]);
+}
+
+// Sums over a part of the rows for dimensions [first, last).
+template <class T>
+static void pairwise_kl_moments(const PairwiseKlMean<T>& p, int64_t part, int64_t first, int64_t last) {
+  const int64_t D = p.batch.D, row = part * p.rows, end = std::min(p.batch.N, row + p.rows);
+  const bool contiguous = p.batch.mu_strides[1] == 1 && p.batch.log_var_strides[1] == 1;
+  for (int64_t d = first; d < last; d += kLanes<T>) {
+    const int64_t count = std::min<int64_t>(last - d, kLanes<T>);
+    T middle[kLanes<T>];
+    double sums[kMomentSums][kLanes<T>];
+    if (contiguous && count == kLanes<T>)
+      moment_strip(p, row, end, d, [](const T* x, int64_t) { return load(x); }, middle, sums);
+    else
+      moment_strip(p, row, end, d, [=](const T* x, int64_t stride) { return load_strided(x, stride, count); }, middle, sums);
+    if (part == 0) std::copy_n(middle, count, p.moments + centre * D + d);
+    for (int s = 0; s < kMomentSums; ++s) std::copy_n(sums[s], count, p.sums + (part * kMomentSums + s) * D + d);
+  }
+}
+
+// Dimensions [first, last) of the means. The sums of the first part become those of all rows, against the centre.
 template <class T>
 static void pairwise_kl_mean(const PairwiseKlMean<T>& p, int64_t first, int64_t last) {
-  for (int64_t d = first; d < last; d += kMomentColumns) pairwise_kl_mean_columns(p, d, std::min(kMomentColumns, last - d));
+  const int64_t D = p.batch.D, size = kMomentSums * D;
+  for (int s = 0; s < kMomentSums; ++s)
+    for (int64_t part = 1; part * p.rows < p.batch.N; ++part)
+      for (int64_t k = s * D + first; k < s * D + last; ++k) p.sums[k] += p.sums[part * size + k];
+  for (int64_t d = first; d < last; ++d) {
+    const auto sum = [&](MomentSum s) -> double& { return p.sums[s * D + d]; };
+    const double N = p.batch.N, middle = p.moments[centre * D + d];
+    const double shift = (p.moments[centre * D + d] = T(middle + sum(of_m) / N)) - middle;
+    sum(of_m2w) -= shift * (2 * sum(of_mw) - shift * sum(of_w)), sum(of_mw) -= shift * sum(of_w);
+    sum(of_m2) -= shift * (2 * sum(of_m) - shift * N), sum(of_m) -= shift * N;
+    pairwise_kl_mean_of(p, d, p.sums + d, D);
+  }
 }
 
 // Gradients of rows [first, last): those of the means, and of the deviation as `unit` times its gradient.

@@ -33,99 +33,111 @@ static inline void product_tile(const double* left, int64_t left_k, int64_t left
 // The same for `width` columns, a multiple of the vector.
 static void product_rows(const double* left, int64_t left_k, int64_t left_t, const double* right, int64_t right_stride,
                          int64_t depth, double* out, int64_t out_stride, int64_t width) {
-  constexpr int vectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
-  int64_t q = 0;
-  for (; q + vectors * kLanes<double> <= width; q += vectors * kLanes<double>)
-    product_tile<vectors>(left, left_k, left_t, right + q, right_stride, depth, out + q, out_stride);
-  for (; q < width; q += kLanes<double>)
-    product_tile<1>(left, left_k, left_t, right + q, right_stride, depth, out + q, out_stride);
-}
-
-template <class T>
-static void gram_features(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
-  const int64_t D = p.batch.D;
-  CentredRow<T> row;
-  for (int64_t n = first; n < last; ++n) {
-    std::fill_n(p.a + n * p.width + 2 * D, p.width - 2 * D, 0.0);
-    std::fill_n(p.b + n * p.width + 2 * D, p.width - 2 * D, 0.0);
-    p.r[n] = 0, p.c[n] = -double(D);
-  }
-  for (int64_t d = 0; d < D; d += kMomentColumns) {
-    const int64_t count = std::min(kMomentColumns, D - d);
-    for (int64_t n = first; n < last; ++n) {
-      row.read(p.batch, n, d, count, p.centre + d);
-      double *const a = p.a + n * p.width + d, *const b = p.b + n * p.width + d;
-      double r = 0, c = 0;
-      for (int64_t k = 0; k < count; ++k) {
-        const double m = row.mu[k], v = row.var[k], w = row.inverse[k];
-        a[k] = v + m * m, a[D + k] = m;
-        b[k] = w, b[D + k] = -2 * m * w;
-        const double level = row.log_var[k] - p.batch.log_var[(d + k) * p.batch.log_var_strides[1]];  // against the first row's
-        r -= level, c += level + m * m * w;
-      }
-      p.r[n] += r, p.c[n] += c;
-    }
-  }
-}
-
-// out = Σ_n weights_n x_n over columns [first, last) of x[rows][width]; null weights are 1 / rows.
-static void gram_columns(const double* x, const double* weights, int64_t rows, int64_t width, double* out, int64_t first,
-                         int64_t last) {
-  std::fill(out + first, out + last, 0.0);
-  for (int64_t n = 0; n < rows; ++n) {
-    const double weight = weights ? weights[n] : 1.0 / rows;
-    for (int64_t k = first; k < last; ++k) out[k] += weight * x[n * width + k];
-  }
+  constexpr int most = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
+  in_tiles<most>(width / kLanes<double>, [&](auto vectors, int64_t v) {
+    const int64_t q = v * kLanes<double>;
+    product_tile<vectors()>(left, left_k, left_t, right + q, right_stride, depth, out + q, out_stride);
+  });
 }
 
 static inline double gram_dot(const double* x, const double* y, int64_t width) {
   return sum_groups<double>(width, [&](int64_t k) { return load(x + k) * load(y + k); });
 }
 
-// κ from the means, of which `r` and `c` are those of the row and column terms.
+// The means of the features, and of the row and column terms, from sums about the centre; κ.
 template <class T>
-static double gram_total(const PairwiseKlGram<T>& p, double r, double c) {
-  return gram_dot(p.a_mean, p.b_mean, p.width) + r + c;
+static double gram_means(PairwiseKlGram<T>& p, const double* sums) {
+  const int64_t N = p.batch.N, D = p.batch.D;
+  double level = 0, square = 0;
+  std::fill(p.a_mean + 2 * D, p.a_mean + p.width, 0.0);
+  std::fill(p.b_mean + 2 * D, p.b_mean + p.width, 0.0);
+  for (int64_t d = 0; d < D; ++d) {
+    const auto mean = [&](MomentSum s) { return sums[s * D + d] / N; };
+    p.a_mean[d] = mean(of_v) + mean(of_m2), p.a_mean[D + d] = mean(of_m);
+    p.b_mean[d] = mean(of_w), p.b_mean[D + d] = -2 * mean(of_mw);
+    p.level[d] = p.batch.log_var[d * p.batch.log_var_strides[1]];
+    level += mean(of_level), square += mean(of_m2w);
+  }
+  p.r_mean = -level, p.c_mean = level + square;
+  return gram_dot(p.a_mean, p.b_mean, p.width) + (square - D);
 }
 
-// Centres rows [first, last) of the features; ρ and γ.
+// Rows [first, last) of the centred features; ρ and γ.
 template <class T>
-static void gram_centre(const PairwiseKlGram<T>& p, double r_mean, double c_mean, int64_t first, int64_t last) {
+static void gram_features(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  const int64_t D = p.batch.D;
+  CentredRow<T> row;
   for (int64_t n = first; n < last; ++n) {
     double *const a = p.a + n * p.width, *const b = p.b + n * p.width;
-    for (int64_t k = 0; k < p.width; ++k) a[k] -= p.a_mean[k], b[k] -= p.b_mean[k];
-    p.row[n] = gram_dot(a, p.b_mean, p.width) + (p.r[n] - r_mean);
-    p.column[n] = gram_dot(p.a_mean, b, p.width) + (p.c[n] - c_mean);
+    Vec<double> rho[registers] = {}, gamma[registers] = {};
+    for (int64_t d0 = 0; d0 < D; d0 += kMomentColumns) {
+      const int64_t count = std::min(kMomentColumns, D - d0);
+      row.read(p.batch, n, d0, count, p.centre + d0);
+      for (int64_t k = 0; k < count; k += kLanes<double>) {
+        const int64_t d = d0 + k, left = count - k;
+        const auto mean = [&](const double* means) { return load_lanes(means + d, left); };
+        const Vec<double> m = load_wide(row.mu + k), v = load_wide(row.var + k), w = load_wide(row.inverse + k);
+        const Vec<double> a1_mean = mean(p.a_mean), a2_mean = mean(p.a_mean + D);
+        const Vec<double> b1_mean = mean(p.b_mean), b2_mean = mean(p.b_mean + D);
+        const Vec<double> a1 = v + m * m - a1_mean, a2 = m - a2_mean, b1 = w - b1_mean, b2 = -2 * m * w - b2_mean;
+        store_lanes(a + d, left, a1), store_lanes(a + D + d, left, a2);
+        store_lanes(b + d, left, b1), store_lanes(b + D + d, left, b2);
+        const Vec<double> level = load_wide(row.log_var + k) - mean(p.level);
+        const int r = k / kLanes<double> % registers;
+        rho[r] += a1 * b1_mean + a2 * b2_mean - level, gamma[r] += a1_mean * b1 + a2_mean * b2 + (level + m * m * w);
+      }
+    }
+    std::fill(a + 2 * D, a + p.width, 0.0);
+    std::fill(b + 2 * D, b + p.width, 0.0);
+    p.row[n] = sum_lanes<double>(rho) - p.r_mean;
+    p.column[n] = sum_lanes<double>(gamma) - p.c_mean;
   }
 }
 
-// Rows [4 first, 4 last) of both Gram matrices, from the diagonal on.
+// out += Σ_n weights_n x_n over columns [first, last) of x[rows][width].
+static void gram_columns(const double* x, const double* weights, int64_t rows, int64_t width, double* out, int64_t first,
+                         int64_t last) {
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t k = first; k < last; ++k) out[k] += weights[n] * x[n * width + k];
+}
+
+// Rows [first, last) of both Gram matrices, whole groups, from the diagonal group on, and their part of the inner product
+// of the matrices. For gradients they are mirrored below the diagonal, and the features added up with ρ and γ as weights.
 template <class T>
 static void gram_products(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
-  for (const auto& [x, gram] : {std::pair{p.a, p.gram_a}, {p.b, p.gram_b}}) {
-    std::fill(gram + 4 * first * p.width, gram + 4 * last * p.width, 0.0);
-    for (int64_t n = 0; n < p.batch.N; n += kProductDepth)
-      for (int64_t k = 4 * first; k < 4 * last; k += 4) {
-        const double* const left = x + n * p.width + k;
-        const int64_t q = k / kGroup<double> * kGroup<double>;
-        product_rows(left, p.width, 1, x + n * p.width + q, p.width, std::min(kProductDepth, p.batch.N - n),
-                     gram + k * p.width + q, p.width, p.width - q);
+  const int64_t N = p.batch.N, width = p.width;
+  const auto group = [](int64_t k) { return k / kGroup<double> * kGroup<double>; };
+  const auto product = [&](const double* x, double* gram, const double* weights, double* sums) {
+    for (int64_t k = first; k < last; ++k) std::fill(gram + k * width + group(k), gram + (k + 1) * width, 0.0);
+    std::fill(sums + first, sums + last, 0.0);
+    for (int64_t n = 0; n < N; n += kProductDepth) {
+      const int64_t depth = std::min(kProductDepth, N - n);
+      for (int64_t k = first; k < last; k += 4) {
+        const int64_t q = group(k);
+        product_rows(x + n * width + k, width, 1, x + n * width + q, width, depth, gram + k * width + q, width, width - q);
       }
+      if (p.need_gradients) gram_columns(x + n * width, weights + n, depth, width, sums, first, last);
+    }
+    for (int64_t q = p.need_gradients ? first : width; q < width; ++q)
+      for (int64_t k = first; k < std::min(last, group(q)); ++k) gram[q * width + k] = gram[k * width + q];
+  };
+  product(p.a, p.gram_a, p.row, p.row_a);
+  product(p.b, p.gram_b, p.column, p.column_b);
+  for (int64_t k = first; k < last; ++k) {
+    const int64_t after = group(k) + kGroup<double>;
+    const double *const a = p.gram_a + k * width, *const b = p.gram_b + k * width;
+    p.inner[k] = gram_dot(a + group(k), b + group(k), kGroup<double>) + 2 * gram_dot(a + after, b + after, width - after);
   }
 }
 
-// The lower halves of the Gram matrices, and their inner product.
+// Σ (X_ij − T)² over the pairs, of which `mean` is κ.
 template <class T>
-static double gram_merge(const PairwiseKlGram<T>& p) {
-  double total = 0;
-  for (int64_t k = 0; k < p.width; ++k) {
-    for (int64_t q = 0; q < k; ++q) {
-      p.gram_a[k * p.width + q] = p.gram_a[q * p.width + k];
-      p.gram_b[k * p.width + q] = p.gram_b[q * p.width + k];
-    }
-    total += gram_dot(p.gram_a + k * p.width, p.gram_b + k * p.width, p.width);
-  }
-  return total;
+static double gram_total(const PairwiseKlGram<T>& p, double mean) {
+  const int64_t N = p.batch.N, rows = round_up(N, kGroup<double>);
+  const double inner = sum_groups<double>(p.width, [&](int64_t k) { return load(p.inner + k); });
+  const double squares = gram_dot(p.row, p.row, rows) + gram_dot(p.column, p.column, rows);
+  return std::max(inner + N * (squares - mean * mean * N / (N - 1)), 0.0);
 }
 
 // Gradients of rows [4 first, 4 last) from H_ij = X_ij − T, whose mean over all pairs is p.mean:
@@ -169,19 +181,19 @@ static constexpr PairwiseKlKernels<T> pairwise_kl_kernels() {
           pair_collect<T>,
           pairwise_kl_halves<T>,
           pairwise_kl_diversity<T>,
+          pairwise_kl_moments<T>,
           pairwise_kl_mean<T>,
           pairwise_kl_mean_gradient<T>,
           pair_means<T>,
           pair_log_dets<T>,
           pair_totals<T>,
+          pair_sums<T>,
           pair_deviations<T>,
           pair_turn<T>,
           pair_direct_gradient<T>,
+          gram_means<T>,
           gram_features<T>,
-          gram_columns,
-          gram_total<T>,
-          gram_centre<T>,
           gram_products<T>,
-          gram_merge<T>,
+          gram_total<T>,
           gram_gradient<T>};
 }
