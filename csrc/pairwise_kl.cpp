@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
 constexpr int64_t kGramRows = 16;     // rows of a Gram matrix that one reading of the features serves
-constexpr int64_t kPairSplits = 4;    // of the dimensions, at most
 constexpr int64_t kMomentRows = 128;  // rows of the batch of a task, at least
 
 template <class T>
@@ -105,21 +104,19 @@ template <class T>
 double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
   const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
-  const int64_t splits = std::clamp<int64_t>(D / stride, 1, kPairSplits);
-  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, splits * square, need_grad ? square : 0,
+  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, square, need_grad ? square : 0,
                  need_grad ? stride : 0);
   std::vector<double> squares(stride), levels(ceil_div(D, kPairDims) * stride);
   const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
     ops<T>().means(means, c, levels.data() + first / kPairDims * stride, first, last);
   });
-  PairwiseKlDirect<T> p{batch, columns, splits, ceil_div(D, splits), levels.data()};
+  PairwiseKlDirect<T> p{batch, columns, levels.data()};
   p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
-  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(splits * square);
+  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(square);
   p.squares = squares.data();
-  const int64_t group = 64 / sizeof(T), tasks = splits * stride / group, pairs = N * (N - 1);
-  in_parts(tasks, 2 * group * stride * p.dims, [&](int64_t first, int64_t last) { ops<T>().totals(p, first, last); });
+  const int64_t group = 64 / sizeof(T), groups = stride / group, pairs = N * (N - 1);
   ops<T>().log_dets(p);
-  in_parts(stride, splits * stride, [&](int64_t first, int64_t last) { ops<T>().sums(p, first, last); });
+  in_parts(groups, 2 * group * size, [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
   const T error = static_cast<T>(mean_of(p.sums, stride) * stride / pairs);
   in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });
   const double spread = std::sqrt(mean_of(p.squares, stride) * stride / (pairs - 1));

@@ -120,7 +120,6 @@ static bool mmd_any_above(T limit, const T* tile, const MmdStrip& s) {
   mmd_in_vectors<T, 4>(s.first, s.padded, [&](int64_t i, auto v) {
     Vec<T> of_rows[v] = {};
     for (int64_t j = s.begin; j < s.end; ++j)
-#pragma GCC unroll 4
       for (int k = 0; k < v; ++k) of_rows[k] = larger(load(tile + j * kMmdBlock + i + k * kLanes<T>), of_rows[k]);
     for (int k = 0; k < v; ++k) most = larger(of_rows[k], most);
   });

@@ -61,12 +61,11 @@ template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
   PairColumns<T> columns;
-  int64_t splits, dims;  // the dimensions of a split are added up by the thread that made their columns
   const double* levels;  // [blocks of dimensions][stride]: Σ log σ² less that of the first posterior
   T mean;             // of the total
   T unit, scale;      // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
   T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
-  T* deviations;      // [splits][stride][stride], in the first KL − mean by second posterior, 0 on the diagonal and in padding
+  T* deviations;      // [stride][stride]: KL − mean by second posterior, 0 on the diagonal and in the padding
   T* sums;            // [stride]
   double* squares;    // [stride]: beyond float where deviations pass 1.8e19
   T* turned;          // [stride][stride]: the deviations by first posterior, times unit
@@ -107,8 +106,7 @@ struct PairwiseKlKernels {
 
   void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, double* levels, int64_t first, int64_t last);
   void (*log_dets)(const PairwiseKlDirect<T>&);
-  void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of splits × groups of second posteriors
-  void (*sums)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);    // of second posteriors
+  void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors, whole groups
   void (*deviations)(const PairwiseKlDirect<T>&, T error, int64_t first, int64_t last);
   void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows
   void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions

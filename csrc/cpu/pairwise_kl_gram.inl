@@ -187,7 +187,6 @@ static constexpr PairwiseKlKernels<T> pairwise_kl_kernels() {
           pair_means<T>,
           pair_log_dets<T>,
           pair_totals<T>,
-          pair_sums<T>,
           pair_deviations<T>,
           pair_turn<T>,
           pair_direct_gradient<T>,

@@ -5,15 +5,14 @@
 constexpr int kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;  // of first posteriors in a register tile
 constexpr int64_t kTotalRun = 32;  // dimensions added up before they join the total: over D = 1024 a plain sum is off by 4 eps
 
-// 2 KL less the difference of the log-determinants, Σ_d (p w − 1), over a split of the dimensions, of a tile of second
-// posteriors and `vectors` of first ones.
+// 2 KL less the difference of the log-determinants, Σ_d (p w − 1), of a tile of second posteriors and `vectors` of first ones.
 template <class T, int vectors>
-static inline void pair_total_tile(const PairwiseKlDirect<T>& p, int64_t split, int64_t j, int64_t i) {
-  const int64_t stride = p.columns.stride, first = split * p.dims, last = std::min(p.batch.D, first + p.dims);
+static inline void pair_total_tile(const PairwiseKlDirect<T>& p, int64_t j, int64_t i) {
+  const int64_t stride = p.columns.stride;
   Vec<T> totals[kPairTile][vectors] = {};
-  for (int64_t d0 = first; d0 < last; d0 += kTotalRun) {
+  for (int64_t d0 = 0; d0 < p.batch.D; d0 += kTotalRun) {
     Vec<T> sums[kPairTile][vectors] = {};
-    for (int64_t d = d0; d < std::min(last, d0 + kTotalRun); ++d) {
+    for (int64_t d = d0; d < std::min(p.batch.D, d0 + kTotalRun); ++d) {
       const PairColumn<T> c(p.columns, d);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
@@ -28,20 +27,11 @@ static inline void pair_total_tile(const PairwiseKlDirect<T>& p, int64_t split, 
     for (int t = 0; t < kPairTile; ++t)
       for (int v = 0; v < vectors; ++v) totals[t][v] += sums[t][v];
   }
-  T* const out = p.deviations + (split * stride + j) * stride + i;
   for (int t = 0; t < kPairTile; ++t)
-    for (int v = 0; v < vectors; ++v) store(out + t * stride + v * kLanes<T>, totals[t][v]);
-}
-
-// The totals of tasks [first, last): a split and a group of second posteriors, those of a split in turn.
-template <class T>
-static void pair_totals(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
-  const int64_t groups = p.columns.stride / kGroup<T>;
-  for (int64_t task = first; task < last; ++task)
-    for (int64_t j = task % groups * kGroup<T>, end = j + kGroup<T>; j < end; j += kPairTile)
-      in_tiles<kPairVectors>(p.columns.stride / kLanes<T>, [&](auto vectors, int64_t v) {
-        pair_total_tile<T, vectors()>(p, task / groups, j, v * kLanes<T>);
-      });
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<T> determinants = broadcast(p.log_det[j + t]) - load(p.log_det + i + v * kLanes<T>);
+      store(p.deviations + (j + t) * stride + i + v * kLanes<T>, T(0.5) * (totals[t][v] + determinants) - p.mean);
+    }
 }
 
 template <class T>
@@ -56,18 +46,18 @@ static void pair_log_dets(const PairwiseKlDirect<T>& p) {
 
 // KL − mean of the second posteriors [first, last), and their sums.
 template <class T>
-static void pair_sums(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
+static void pair_totals(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
   const int64_t stride = p.columns.stride, N = p.batch.N;
-  for (int64_t j = first; j < last; ++j) {
-    T* const row = p.deviations + j * stride;
-    for (int64_t i = 0; i < stride; i += kLanes<T>) {
-      Vec<T> total = load(row + i);
-      for (int64_t split = 1; split < p.splits; ++split) total += load(row + split * stride * stride + i);
-      store(row + i, T(0.5) * (total + (broadcast(p.log_det[j]) - load(p.log_det + i))) - p.mean);
+  for (int64_t j = first; j < last; j += kPairTile) {
+    in_tiles<kPairVectors>(stride / kLanes<T>, [&](auto vectors, int64_t v) {
+      pair_total_tile<T, vectors()>(p, j, v * kLanes<T>);
+    });
+    for (int t = 0; t < kPairTile; ++t) {
+      T* const row = p.deviations + (j + t) * stride;
+      if (j + t < N) std::fill(row + N, row + stride, T(0)), row[j + t] = 0;
+      else std::fill_n(row, stride, T(0));
+      p.sums[j + t] = sum_groups<T>(stride, [&](int64_t k) { return load(row + k); });
     }
-    if (j < N) std::fill(row + N, row + stride, T(0)), row[j] = 0;
-    else std::fill_n(row, stride, T(0));
-    p.sums[j] = sum_groups<T>(stride, [&](int64_t k) { return load(row + k); });
   }
 }
 
