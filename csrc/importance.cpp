@@ -12,6 +12,7 @@ namespace latent_engine {
 namespace {
 
 constexpr int64_t kBlock = 8192;                        // log-weights of a block: its lines stay in the cache
+constexpr int64_t kLeastBlock = 4;                      // rows of a block
 constexpr int64_t kLeastRows = 16, kMostRows = 256;     // of a chunk of the backward pass
 constexpr int64_t kVectors = 64;                        // bytes of a group of lanes
 
@@ -26,20 +27,29 @@ bool passes_cache(const void* data, int64_t bytes, int64_t row) {
   return bytes > cache && (reinterpret_cast<int64_t>(data) | row) % kVectors == 0;
 }
 
+// A power of two, which two or four threads share evenly.
+int64_t task_count(int64_t work) {
+  int64_t tasks = 1;
+  while (2 * tasks <= std::min(kMaxTasks, work / kTaskWork)) tasks *= 2;
+  return tasks;
+}
+
 // The cut of each group of samples into blocks, each a task's or a part of one.
 struct Blocks {
   int64_t groups, size, rows, count;  // samples a group, rows a block, blocks a group
 
   Blocks(int64_t S, int64_t N, int64_t groups_, int64_t work) : groups(std::max<int64_t>(groups_, 1)), size(S / groups) {
-    const int64_t most = std::max<int64_t>(std::min(kBlock, kTaskWork / work) / std::max<int64_t>(N, 1), 4);
-    rows = std::max<int64_t>(ceil_div(size, ceil_div(std::max<int64_t>(size, 1), most)), 1);
+    const int64_t most = std::max<int64_t>(size, 1), tasks = std::max<int64_t>(task_count(S * work) / groups, 1);
+    const int64_t parts = round_up(std::max<int64_t>(ceil_div(most * N, kBlock), 1), tasks);
+    rows = std::max(ceil_div(most, parts), std::min(most, kLeastBlock));
     count = ceil_div(size, rows);
   }
   // Calls f(block, first row, number of rows) for all blocks of all groups, in parallel.
   template <class F>
   void each(int64_t work, const F& f) const {
-    in_parts(groups * count, rows * work, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; ++block) {
+    const int64_t all = groups * count, step = ceil_div(all, task_count(all * rows * work));
+    for_each_task(ceil_div(all, std::max<int64_t>(step, 1)), [&](int64_t task) {
+      for (int64_t block = task * step; block < std::min(all, (task + 1) * step); ++block) {
         const int64_t row = block % count * rows;
         f(block, block / count * size + row, std::min(rows, size - row));
       }
@@ -81,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::optional<Tensor>& z_, cons
   const std::optional<Tensor> log_pz = log_pz_ ? std::optional<Tensor>(as_contiguous(*log_pz_)) : std::nullopt;
   need_weights = need_weights && groups > 0;
   const int64_t work = N * ((z ? 3 * D : 0) + 24), stride = padded<T>(N), w = need_weights;
-  const Blocks blocks(S, N, groups, std::max<int64_t>(work / std::max<int64_t>(N, 1), 1));
+  const Blocks blocks(S, N, groups, work);
   const int64_t packed = z ? packed_size<T>(*mu) : 0;
   const int64_t moments = groups ? blocks.groups * blocks.count * kImportanceMoments * stride : 0;
   const T scale = static_cast<T>(std::abs(1 - alpha));
@@ -133,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
   const auto& k = kernels<T>().importance;
   const int64_t S = z_.size(0), N = z_.size(1), D = z_.size(2), work = N * (4 * D + 8);
   const Tensor z = as_contiguous(z_), weights = as_contiguous(weights_);
-  const int64_t rows = std::clamp(std::max(kTaskWork / std::max<int64_t>(work, 1), S / kMaxTasks), kLeastRows, kMostRows);
+  const int64_t rows = std::clamp(ceil_div(S, task_count(S * work)), kLeastRows, kMostRows);
   const int64_t chunks = ceil_div(S, rows), n = need_posterior ? N : 0, packed = packed_size<T>(mu);
   const int64_t sums = n * (2 * padded<T>(D) + 1) * std::max<int64_t>(chunks, 1);
   Arena<T> arena(Scratch::launch, packed, sums);
@@ -166,7 +176,7 @@ template <class T>
 Tensor moments(const Tensor& log_w_, const Tensor& state_) {
   const Tensor log_w = as_contiguous(log_w_), state = as_contiguous(state_);
   const int64_t N = log_w.size(1), stride = padded<double>(N);
-  const Blocks blocks(log_w.size(0), N, 1, kTaskWork / kBlock);
+  const Blocks blocks(log_w.size(0), N, 1, 40 * N);
   const int64_t all = blocks.count + 1, size = kImportanceMoments * stride;
   Arena<double> arena(Scratch::launch, all * size);
   double* const memory = arena.take(all * size);  // that of the state, then one of each block

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .backends import Op, Support, register
-from .checks import HALF, check_shape, checked_floats
+from .checks import HALF, are_alike, check_shape, checked_floats
 from .library import Differentiable, Primitive, reference_gradients
 from .reference import importance as reference
 
@@ -189,6 +189,9 @@ class _GradientScale:
 def _check_samples(op: str, z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tensor,
                    log_pz: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in working precision; they fit together."""
+    tensors = (z, mu, log_var, log_px) if log_pz is None else (z, mu, log_var, log_px, log_pz)
+    if are_alike(tensors) and _fit_together(*tensors):
+        return z, mu, log_var, log_px, log_pz
     given = {} if log_pz is None else {"log_pz": log_pz}
     z, mu, log_var, log_px, *rest = checked_floats(op, "mu", z=z, mu=mu, log_var=log_var, log_px=log_px, **given)
     log_pz = rest[0] if rest else None
@@ -201,6 +204,13 @@ def _check_samples(op: str, z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tens
     if log_pz is not None:
         check_shape(op, "log_pz", log_pz, (S, N), "[S, N] as in z[S, N, D]")
     return z, mu, log_var, log_px, log_pz
+
+
+def _fit_together(z: Tensor, mu: Tensor, log_var: Tensor, *densities: Tensor) -> bool:
+    """z[S, N, D], mu and log_var [N, D] and densities [S, N]."""
+    shape = z.shape
+    return (len(shape) == 3 and mu.shape == log_var.shape == shape[1:]
+            and [t.shape for t in densities] == [shape[:2]] * len(densities))
 
 
 def check_log_weights(op: str, log_w: Tensor) -> Tensor:

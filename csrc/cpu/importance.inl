@@ -74,13 +74,22 @@ static inline void fence_stores() {
 }
 
 template <class T>
+static inline void importance_gather(const T* in, int64_t stride, int64_t n, T* out) {
+  if (stride == 1) {
+    std::copy_n(in, n, out);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = in[i * stride];
+  }
+}
+
+template <class T>
 static void importance_pack(const ImportanceModel<T>& m) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   const T log_2pi = T(1.8378770664093453);
   for (int64_t n = 0; n < m.N; ++n) {
     T *const mean = m.packed + n * 2 * m.padded, *const inverse = mean + m.padded;
-    transpose(m.mu + n * m.mu_strides[0], m.mu_strides[1], 1, mean, 1, m.D, 1);
-    transpose(m.log_var + n * m.log_var_strides[0], m.log_var_strides[1], 1, inverse, 1, m.D, 1);
+    importance_gather(m.mu + n * m.mu_strides[0], m.mu_strides[1], m.D, mean);
+    importance_gather(m.log_var + n * m.log_var_strides[0], m.log_var_strides[1], m.D, inverse);
     std::fill(mean + m.D, mean + m.padded, T(0));
     std::fill(inverse + m.D, inverse + m.padded, T(0));
     Vec<T> sums[registers] = {};
