@@ -37,13 +37,18 @@ void for_each_task(int64_t n, const F& task) {
     range(0, n);
 }
 
+// Tasks that `work` multiplications are worth: a power of two, which threads share evenly.
+inline int64_t task_count(int64_t work) {
+  int64_t tasks = 1;
+  while (tasks < std::min(work / kTaskWork, kMaxTasks)) tasks *= 2;
+  return tasks;
+}
+
 // Runs f(first, last) over [0, n), in parallel where the n items of `work` multiplications each are worth it. The parts
-// depend on sizes only; their number is a power of two, which threads share evenly.
+// depend on sizes only.
 template <class F>
 void in_parts(int64_t n, int64_t work, const F& f) {
-  int64_t parts = 1;
-  while (parts < std::min(n * work / kTaskWork, kMaxTasks)) parts *= 2;
-  const int64_t step = std::max<int64_t>(ceil_div(n, parts), 1);
+  const int64_t step = std::max<int64_t>(ceil_div(n, task_count(n * work)), 1);
   for_each_task(ceil_div(n, step), [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
 }
 

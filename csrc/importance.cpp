@@ -27,13 +27,6 @@ bool passes_cache(const void* data, int64_t bytes, int64_t row) {
   return bytes > cache && (reinterpret_cast<int64_t>(data) | row) % kVectors == 0;
 }
 
-// A power of two, which two or four threads share evenly.
-int64_t task_count(int64_t work) {
-  int64_t tasks = 1;
-  while (2 * tasks <= std::min(kMaxTasks, work / kTaskWork)) tasks *= 2;
-  return tasks;
-}
-
 // The cut of each group of samples into blocks, each a task's or a part of one.
 struct Blocks {
   int64_t groups, size, rows, count;  // samples a group, rows a block, blocks a group
