@@ -61,7 +61,8 @@ def drawing(formula: Callable) -> Callable:
 
 
 def drawn_work(case: str, backward: bool) -> Work:
-    """As `work`, but the noise is not read; a draw takes 15 FMAs for its half of a logarithm, a root, a sine and a cosine."""
+    """As `work`, but the noise is not read; a draw takes 15 FMAs for its half of a logarithm, a root, a sine and a cosine. The
+    integer arithmetic of the generator is not counted."""
     S, N, D = CASES[case]
     given, passes = work(case, backward), 2 if backward else 1
     return Work(given.bytes - 4 * passes * S * N * D, given.fmas + 15 * passes * S * N * D, given.exps)

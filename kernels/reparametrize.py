@@ -25,7 +25,11 @@ from .reference.noise import standard_normal
 
 
 def noise_keys(samples: int | None = None, generator: Generator | None = None) -> Tensor:
-    """Random keys of the noise of `reparametrize`, int64 on the CPU: `[samples]`, or `[]` of one sample without an axis."""
+    """Random keys of the noise of `reparametrize`, int64 on the CPU: `[samples]`, or `[]` of one sample without an axis.
+
+    Each is 63 bits of `generator`, one of the CPU, or of PyTorch's default, which is thereby advanced: `torch.manual_seed`
+    fixes the noise. What a key stands for is in kernels/reference/noise.py.
+    """
     return torch.empty(() if samples is None else samples, dtype=torch.int64).random_(generator=generator)
 
 
