@@ -18,12 +18,13 @@ LikelihoodOperand<T> operand(const Tensor& t, const Rows& rows) {
   return {t.const_data_ptr<T>(), {rows.strides[0], rows.strides[1]}, rows.strides[2]};
 }
 
-// A power of two of tasks: three of them would keep two threads busy as long as four.
-LikelihoodGrid cut(int64_t S, int64_t N, int64_t work) {
-  int64_t tasks = 1;
-  while (tasks < std::min(kMaxTasks, S * N * work / kTaskWork)) tasks *= 2;
-  const int64_t n_chunks = std::clamp<int64_t>(N, 1, tasks);
-  return {std::clamp<int64_t>(S, 1, tasks / n_chunks), n_chunks};
+// Tasks share out the samples, so that each reads one stretch of memory, and the rows of x as far as those that all samples
+// share would leave the cache. Where a gradient is summed over samples they share the rows first: fewer sums to merge.
+LikelihoodGrid cut(int64_t S, int64_t N, int64_t row_bytes, int64_t work, bool sums_samples) {
+  const int64_t tasks = task_count(S * N * work);
+  const int64_t wanted = sums_samples ? tasks : ceil_div(N * row_bytes, kLikelihoodCache);
+  const int64_t s_chunks = std::clamp<int64_t>(S, 1, tasks / std::clamp<int64_t>(wanted, 1, tasks));
+  return {s_chunks, std::clamp<int64_t>(N, 1, tasks / s_chunks)};
 }
 
 // The arguments that both primitives share; keeps their contiguous copies alive.
@@ -35,23 +36,24 @@ struct Call {
   LikelihoodGrid grid;
 
   Call(const Tensor& x_, const Tensor& a_, const std::optional<Tensor>& b_, const std::optional<Tensor>& mask_, int64_t kind,
-       int64_t event_dims)
+       int64_t event_dims, const bool (&needs)[3])
       : x(with_dense_features(x_, event_dims)),
         a(with_dense_features(a_, event_dims)),
         b(with_dense_features(b_, event_dims)),
         mask(with_dense_features(mask_, event_dims)) {
-    const Rows x_rows(x, event_dims), a_rows(a, event_dims);
-    const auto broadcast = [&](int axis) { return x_rows.sizes[axis] == 1 ? a_rows.sizes[axis] : x_rows.sizes[axis]; };
-    inputs.S = broadcast(0), inputs.N = broadcast(1), inputs.P = x_rows.sizes[2];
-    inputs.x = operand<T>(x, x_rows), inputs.a = operand<T>(a, a_rows);
+    const Rows rows[] = {Rows(x, event_dims), Rows(a, event_dims), b ? Rows(*b, event_dims) : Rows()};
+    const auto broadcast = [&](int axis) { return rows[0].sizes[axis] == 1 ? rows[1].sizes[axis] : rows[0].sizes[axis]; };
+    inputs.S = broadcast(0), inputs.N = broadcast(1), inputs.P = rows[0].sizes[2];
+    inputs.x = operand<T>(x, rows[0]), inputs.a = operand<T>(a, rows[1]);
     inputs.derived = nullptr, inputs.derived_size = 0;
     if (b) {
-      const Rows rows(*b, event_dims);
-      inputs.b = operand<T>(*b, rows);
-      inputs.derived_size = round_up(std::max<int64_t>(rows.sizes[2], 1), kLikelihoodPad);
+      inputs.b = operand<T>(*b, rows[2]);
+      inputs.derived_size = round_up(std::max<int64_t>(rows[2].sizes[2], 1), kLikelihoodPad);
     }
     if (mask) inputs.mask = operand<bool>(*mask, Rows(*mask, event_dims));
-    grid = cut(inputs.S, inputs.N, inputs.P * kWork[kind]);
+    bool sums_samples = false;
+    for (int k = 0; k < 3; ++k) sums_samples |= needs[k] && rows[k].sizes[0] < inputs.S && rows[k].sizes[1] > 1;
+    grid = cut(inputs.S, inputs.N, inputs.P * int64_t(sizeof(T)), inputs.P * kWork[kind], sums_samples);
   }
 
   bool same_for_all_rows() const { return b && inputs.b.strides[0] == 0 && inputs.b.strides[1] == 0 && inputs.P; }
@@ -61,7 +63,7 @@ struct Call {
 template <class T>
 Tensor forward(const Tensor& x, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& mask,
                int64_t kind, int64_t event_dims) {
-  Call<T> call(x, a, b, mask, kind, event_dims);
+  Call<T> call(x, a, b, mask, kind, event_dims, {});
   Arena<T> arena(Scratch::launch, call.derived());
   const LikelihoodKernels<T>& kernel = kernels<T>().likelihood[kind];
   if (call.derived()) {
@@ -95,11 +97,11 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& a,
                                             const std::optional<Tensor>& b, const std::optional<Tensor>& mask, int64_t kind,
                                             int64_t event_dims, bool need_x, bool need_a, bool need_b) {
-  Call<T> call(x, a, b, mask, kind, event_dims);
+  const bool needs[3] = {need_x, need_a, need_b};
+  Call<T> call(x, a, b, mask, kind, event_dims, needs);
   const LikelihoodGrid& grid = call.grid;
   const int64_t S = call.inputs.S, N = call.inputs.N, P = call.inputs.P;
   const Tensor* const arguments[3] = {&x, &a, b ? &*b : nullptr};
-  const bool needs[3] = {need_x, need_a, need_b};
   Tensor outputs[3] = {empty(x, {0}), empty(x, {0}), empty(x, {0})};
   LikelihoodGradient<T> gradients[3] = {};
   int64_t partial[3] = {}, doubles = 0;

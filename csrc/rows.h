@@ -14,6 +14,7 @@ namespace latent_engine {
 struct Rows {
   int64_t sizes[3] = {1, 1, 1}, strides[3] = {0, 0, 0};
 
+  Rows() = default;
   Rows(const torch::stable::Tensor& t, int64_t event_dims) {
     const int64_t leading = std::max<int64_t>(t.dim() - event_dims, 0);
     for (int64_t i = 0; i < leading; ++i) {

@@ -8,6 +8,7 @@ namespace latent_engine {
 constexpr int kLikelihoods = 4;         // in the order of kernels/likelihood.py
 constexpr int kLikelihoodDerived = 3;   // numbers kept for each value of the second parameter, at most
 constexpr int64_t kLikelihoodPad = 16;  // values that stand behind one that serves all features
+constexpr int64_t kLikelihoodCache = 1 << 19;  // bytes of x that a task reads again for each sample
 
 // One of the arguments [S, N, P]; those along which it is broadcast have stride 0.
 template <class T>

