@@ -20,9 +20,9 @@ LikelihoodOperand<T> operand(const Tensor& t, const Rows& rows) {
 
 // Tasks share out the samples, so that each reads one stretch of memory, and the rows of x as far as those that all samples
 // share would leave the cache. Where a gradient is summed over samples they share the rows first: fewer sums to merge.
-LikelihoodGrid cut(int64_t S, int64_t N, int64_t row_bytes, int64_t work, bool sums_samples) {
+LikelihoodGrid cut(int64_t S, int64_t N, int64_t row_bytes, int64_t work, bool gradient, bool sums_samples) {
   const int64_t tasks = task_count(S * N * work);
-  const int64_t wanted = sums_samples ? tasks : ceil_div(N * row_bytes, kLikelihoodCache);
+  const int64_t wanted = sums_samples ? tasks : ceil_div(N * row_bytes, likelihood_cache(gradient));
   const int64_t s_chunks = std::clamp<int64_t>(S, 1, tasks / std::clamp<int64_t>(wanted, 1, tasks));
   return {s_chunks, std::clamp<int64_t>(N, 1, tasks / s_chunks)};
 }
@@ -51,9 +51,12 @@ struct Call {
       inputs.derived_size = round_up(std::max<int64_t>(rows[2].sizes[2], 1), kLikelihoodPad);
     }
     if (mask) inputs.mask = operand<bool>(*mask, Rows(*mask, event_dims));
-    bool sums_samples = false;
-    for (int k = 0; k < 3; ++k) sums_samples |= needs[k] && rows[k].sizes[0] < inputs.S && rows[k].sizes[1] > 1;
-    grid = cut(inputs.S, inputs.N, inputs.P * int64_t(sizeof(T)), inputs.P * kWork[kind], sums_samples);
+    bool gradient = false, sums_samples = false;
+    for (int k = 0; k < 3; ++k) {
+      gradient |= needs[k];
+      sums_samples |= needs[k] && rows[k].sizes[0] < inputs.S && rows[k].sizes[1] > 1;
+    }
+    grid = cut(inputs.S, inputs.N, inputs.P * int64_t(sizeof(T)), inputs.P * kWork[kind], gradient, sums_samples);
   }
 
   bool same_for_all_rows() const { return b && inputs.b.strides[0] == 0 && inputs.b.strides[1] == 0 && inputs.P; }

@@ -111,7 +111,7 @@ class LikelihoodTask {
   // cache, else all samples of a data point in turn.
   template <class F>
   void for_each_row(const F& f) {
-    if ((n_last - n_first) * in_.P * int64_t(sizeof(T)) <= kLikelihoodCache) {
+    if ((n_last - n_first) * in_.P * int64_t(sizeof(T)) <= likelihood_cache(gradient)) {
       for (int64_t s = s_first; s < s_last; ++s)
         for (int64_t n = n_first; n < n_last; ++n) f(s, n);
     } else {
