@@ -1,7 +1,7 @@
 """The README's tables from the JSON files of benchmark runs on one machine: `python -m latent_engine.bench.table FILE...`."""
 
+import argparse
 import json
-import sys
 from math import exp, log
 from pathlib import Path
 
@@ -83,5 +83,18 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m latent_engine.bench.table", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `python -m latent_engine.bench --json` wrote")
+    runs = []
+    for path in parser.parse_args(arguments).files:
+        try:
+            runs.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path} is not a benchmark's JSON: {error}")
+    print(markdown(runs))
+    return 0
+
+
 if __name__ == "__main__":
-    print(markdown([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))
+    raise SystemExit(main())
