@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 # Imported at first use: `import latent_engine`, and so the help of the command line, does without torch's second.
 _PUBLIC = {
-    "AE": "systems.vae:AE",
-    "AEConfig": "systems.vae:AEConfig",
+    "AE": "systems.ae:AE",
+    "AEConfig": "systems.ae:AEConfig",
     "Batch": "system:Batch",
     "CheckpointError": "checkpoint:CheckpointError",
     "DGD": "systems.dgd:DGD",

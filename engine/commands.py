@@ -28,8 +28,9 @@ from .logs import JsonLines
 from .mixtures import GaussianMixture, fit_mixture
 from .system import System
 from .systems import PRESETS, load_system
+from .systems.ae import AE
 from .systems.dgd import DGD
-from .systems.vae import AE, VAE
+from .systems.vae import VAE
 from .trainer import TrainConfig, fit, identity
 
 _Config = TypeVar("_Config")

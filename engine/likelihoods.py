@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from . import kernels
 
 if TYPE_CHECKING:
-    from .systems.vae import AEConfig
+    from .systems.ae import AEConfig
 
 
 def check_unit_interval(x: Tensor) -> None:

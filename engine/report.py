@@ -15,8 +15,8 @@ from .data import Data
 from .explorer import write_explorer
 from .figures import comparison, latent_scatter, training_curves, write_png
 from .system import System
+from .systems.ae import AE
 from .systems.dgd import DGD
-from .systems.vae import AE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,7 +24,8 @@ from .kernels import pairwise_kl
 from .likelihoods import LogisticMixture
 from .priors import GaussianMixturePrior, StandardNormal
 from .probes import knn_accuracy
-from .systems.vae import AE, VAE
+from .systems.ae import AE
+from .systems.vae import VAE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,11 +8,12 @@ import torch
 
 from latent_engine import Batch, TrainConfig, fit, load_data, load_system
 from latent_engine.systems import PRESETS
+from latent_engine.systems.ae import AE, AEConfig
 from latent_engine.systems.hvae import HVAE, HVAEConfig
 from latent_engine.systems.implicit import ImplicitConfig, ImplicitVAE
 from latent_engine.systems.iwae import IWAE, IWAEConfig
 from latent_engine.systems.two_stage import TwoStageConfig, TwoStageVAE
-from latent_engine.systems.vae import AE, VAE, AEConfig, VAEConfig
+from latent_engine.systems.vae import VAE, VAEConfig
 from latent_engine.systems.vlae import VLAE, VLAEConfig
 
 SMALL = {"latent_dim": 4, "hidden": (20,), "top_dim": 3, "top_hidden": (8,), "components": 5, "capacity": 4,

@@ -8,12 +8,13 @@ from typing import Any
 from ..checkpoint import CheckpointError, read_description
 from ..system import OptimizerConfig, System
 from ..trainer import TrainConfig
+from .ae import AE, AEConfig
 from .dgd import DGD, DGDConfig, DGDOptim
 from .hvae import HVAE, HVAEConfig
 from .implicit import ImplicitConfig, ImplicitVAE
 from .iwae import IWAE, IWAEConfig
 from .two_stage import TwoStageConfig, TwoStageVAE, VAEPlus, VAEPlusConfig
-from .vae import AE, VAE, AEConfig, VAEConfig
+from .vae import VAE, VAEConfig
 from .vlae import VLAE, VLAEConfig
 
 SYSTEMS: dict[str, type[System]] = {

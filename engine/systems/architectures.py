@@ -9,7 +9,7 @@ from .. import networks
 from ..resnet import resnet_decoder, resnet_encoder
 
 if TYPE_CHECKING:
-    from .vae import AEConfig
+    from .ae import AEConfig
 
 CONVOLUTIONAL = {"conv": (networks.conv_encoder, networks.conv_decoder), "resnet": (resnet_encoder, resnet_decoder)}
 # depth of encoder and decoder

@@ -32,7 +32,8 @@ from .. import bounds
 from ..bounds import Posterior
 from ..kernels import importance_log_weights, importance_objective
 from ..system import Batch
-from .vae import AE, VAE, EncoderConfig
+from .ae import AE
+from .vae import VAE, EncoderConfig
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from ..data import Data
 from ..diagnostics import evaluating
 from ..priors import StandardNormal
 from ..system import Batch, OptimizerConfig, Phase, check_sizes
-from .vae import AE, VAE, AEConfig, VAEConfig, VAEOptim
+from .ae import AE, AEConfig
+from .vae import VAE, VAEConfig, VAEOptim
 
 
 def _adam() -> OptimizerConfig:
