@@ -63,10 +63,10 @@ def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor, *, backend: str 
     """
     op = "reparametrize"
     keyed = _are_keys(noise)
-    if keyed:
-        mean, log_var = checked_floats(op, "log_var", mean=mean, log_var=log_var)
-    elif not are_alike((mean, log_var, noise)):
-        mean, log_var, noise = checked_floats(op, "log_var", mean=mean, log_var=log_var, noise=noise)
+    if not are_alike((mean, log_var) if keyed else (mean, log_var, noise)):
+        given = {} if keyed else {"noise": noise}
+        mean, log_var, *rest = checked_floats(op, "log_var", mean=mean, log_var=log_var, **given)
+        noise = rest[0] if rest else noise
     check_data(op, "noise", noise)
     shape = mean.shape
     shape_of_z = noise.shape + shape if keyed else noise.shape
