@@ -315,6 +315,25 @@ def test_large_sizes(implementation, kind):
 
 
 @KINDS
+@pytest.mark.parametrize("size", [(30, 200, 300), (6, 300, 1000)], ids=lambda s: "S{}-N{}-P{}".format(*s))
+def test_gradients_of_a_decoder_over_data(implementation, kind, size):
+    """With x as data tasks share out the samples first, and the rows too where x is large."""
+    backend, device = implementation
+    skip_interpreter(backend, device)
+    x, *parameters = draw(kind, *size, device=device, shared=())
+    grad = torch.randn(size[:2], generator=torch.Generator().manual_seed(1)).to(device)
+
+    def gradients(x, parameters, grad, backend):
+        leaves = [t.detach().clone().requires_grad_() for t in parameters]
+        return torch.autograd.grad(OPS[kind](x, *leaves, backend=backend), leaves, grad)
+
+    found = same_at_any_threads(lambda: gradients(x, parameters, grad, backend))
+    expected = gradients(x.double(), [t.double() for t in parameters], grad.double(), "reference")
+    for name, a, e in zip(NAMES[1:], found, expected, strict=False):
+        assert (a - e).norm() <= 2e-6 * e.norm(), name
+
+
+@KINDS
 def test_half_precision_parameters_give_float32(implementation, kind):
     backend, device = implementation
     skip_interpreter(backend, device)

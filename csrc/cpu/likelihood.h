@@ -9,7 +9,7 @@ constexpr int kLikelihoods = 4;         // in the order of kernels/likelihood.py
 constexpr int kLikelihoodDerived = 3;   // numbers kept for each value of the second parameter, at most
 constexpr int64_t kLikelihoodPad = 16;  // values that stand behind one that serves all features
 
-// Bytes of x that a task reads again for each sample. Sums of the Gaussian take 12 % longer with x in the L2 cache; gradients
+// Bytes of x that a task reads again for each sample. Sums of the Gaussian take 14 % longer with x in the L2 cache; gradients
 // are written too, and gain from long stretches.
 constexpr int64_t likelihood_cache(bool gradient) { return gradient ? 1 << 19 : 1 << 14; }
 

@@ -21,7 +21,7 @@ static inline void likelihood_load(const LikelihoodBlock<T>& b, int64_t i, Vec<T
   for (int j = 0; j < L::derived; ++j) d[j] = load(b.d + j * b.d_stride + (b.d_step ? i : i % kGroup<T>));
 }
 
-// Decoder outputs come from memory one after the other: asked for 2 KB ahead, a quarter less time than by the hardware alone.
+// Decoder outputs come from memory: asked for 2 KB ahead they take 10 to 25 % less time than by the hardware's own fetching.
 template <class T, bool write>
 static inline void likelihood_prefetch(const T* p) {
   __builtin_prefetch(p + 2048 / sizeof(T), write);

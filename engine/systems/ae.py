@@ -23,6 +23,7 @@ from .architectures import is_decoded, make_decoder, make_encoder
 
 
 def adam() -> OptimizerConfig:
+    """Of every child, if not said otherwise."""
     return OptimizerConfig("adam", lr=1e-3)
 
 
