@@ -15,6 +15,7 @@ import torch
 from latent_engine import load_data, load_system
 from latent_engine.cli import main
 from latent_engine.commands import next_run, parse_train
+from latent_engine.logs import JsonLines
 
 
 @pytest.fixture(scope="module")
@@ -268,20 +269,20 @@ def test_ctrl_c_keeps_the_run_and_says_how_to_resume(data, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     run = tmp_path / "runs" / "dgd-1"
+    records = JsonLines(run / "metrics.jsonl")
     deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not records.read() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in message
     again = shlex.split(next(line for line in message.splitlines() if "--resume" in line))
     assert again[:3] == ["latent-engine", "train", "dgd"] and again[-3:] == ["--run", "runs/dgd-1", "--resume"]
-    epochs = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["epoch"]
+    epochs = records.read()[-1]["epoch"]
     command = [sys.executable, "-m", "latent_engine", *again[1:], "--epochs", str(epochs + 2)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert records == list(range(1, epochs + 3))
+    assert [record["epoch"] for record in records.read()] == list(range(1, epochs + 3))
 
 
 def test_doctor_and_list(capsys):
