@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
+constexpr int64_t kColumnWork = 3 * kExp;
 constexpr int64_t kGramRows = 16;     // rows of a Gram matrix that one reading of the features serves
 constexpr int64_t kMomentRows = 128;  // rows of the batch of a task, at least
 
@@ -35,19 +36,30 @@ int64_t padded(int64_t n) {
   return round_up(n, 64 / sizeof(T));
 }
 
-// `then(columns, first, last)` follows for the same dimensions, a block that stays in the L1 cache.
-template <class T, class F>
-PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, const F& then) {
+// The columns, made in `parts` of the dimensions: `then(columns, first, last)` follows each block of them, which stays in the
+// L1 cache, and `finally(part, columns, first, last)` each part.
+template <class T, class F, class G>
+PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, int64_t parts, const F& then, const G& finally) {
   const int64_t stride = padded<T>(batch.N), size = batch.D * stride;
   const PairColumns<T> columns{stride, arena.take(size), arena.take(size), arena.take(size), arena.take(size)};
-  in_parts(ceil_div(batch.D, kPairDims), 3 * kExp * kPairDims * stride, [&](int64_t first, int64_t last) {
-    for (int64_t d = first * kPairDims; d < std::min(batch.D, last * kPairDims); d += kPairDims) {
-      const int64_t end = std::min(batch.D, d + kPairDims);
+  const int64_t blocks = ceil_div(batch.D, kPairDims);
+  for_each_task(parts, [&](int64_t part) {
+    const int64_t first = part * blocks / parts * kPairDims;
+    const int64_t last = std::min(batch.D, (part + 1) * blocks / parts * kPairDims);
+    for (int64_t d = first; d < last; d += kPairDims) {
+      const int64_t end = std::min(last, d + kPairDims);
       ops<T>().columns(batch, columns, d, end);
       then(columns, d, end);
     }
+    finally(part, columns, first, last);
   });
   return columns;
+}
+
+// Parts of the dimensions for `work` multiplications a posterior and dimension.
+template <class T>
+int64_t column_parts(const Posteriors<T>& batch, int64_t work) {
+  return std::min(std::max<int64_t>(ceil_div(batch.D, kPairDims), 1), task_count(batch.D * padded<T>(batch.N) * work));
 }
 
 // Few dimensions are cut into splits of the second posteriors, so that there are tasks enough.
@@ -80,9 +92,9 @@ std::tuple<Tensor, Tensor> diversity(const Tensor& mu, const Tensor& log_var, bo
   PairTasks<T> tasks = cut(batch);
   Tensor value = empty(mu, {}), unit = empty(mu, {need_grad ? 2 : 0, batch.N, batch.D});
   Arena<T> arena(Scratch::launch, size, size, size, size, need_grad ? 2 * tasks.splits * size : 0);
-  const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
-    ops<T>().halves(batch, c, first, last);
-  });
+  const PairColumns<T> columns = columns_of(
+      arena, batch, column_parts(batch, kColumnWork),
+      [&](const PairColumns<T>& c, int64_t first, int64_t last) { ops<T>().halves(batch, c, first, last); }, [](auto...) {});
   const double pairs = static_cast<double>(batch.N) * (batch.N - 1);
   tasks.scale = static_cast<T>(-1 / pairs);
   if (need_grad) tasks.gradients = arena.take(2 * tasks.splits * size);
@@ -99,24 +111,44 @@ double mean_of(const T* values, int64_t n) {
   return std::accumulate(values, values + n, 0.0) / n;
 }
 
-// The means, and the deviation from the pair matrix, with its gradients in `unit` if needed.
+// Parts of the dimensions whose totals each are a matrix of their own, together at most half of the batch; 0 where these
+// would be too few.
+template <class T>
+int64_t total_parts(const Posteriors<T>& batch) {
+  const int64_t stride = padded<T>(batch.N), wanted = column_parts(batch, kColumnWork + 2 * stride);
+  int64_t parts = wanted;
+  while (2 * parts * stride > batch.D) parts /= 2;
+  return parts >= std::min(wanted, kFewTasks) ? parts : 0;
+}
+
+// The means, and the deviation from the pair matrix, with its gradients in `unit` if needed. Tasks take dimensions, so that
+// what one core writes no other reads, or where that takes too much memory second posteriors.
 template <class T>
 double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
   const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
-  Arena<T> arena(Scratch::launch, size, size, size, size, stride, stride, square, need_grad ? square : 0,
-                 need_grad ? stride : 0);
-  std::vector<double> squares(stride), levels(ceil_div(D, kPairDims) * stride);
-  const PairColumns<T> columns = columns_of(arena, batch, [&](const PairColumns<T>& c, int64_t first, int64_t last) {
-    ops<T>().means(means, c, levels.data() + first / kPairDims * stride, first, last);
-  });
-  PairwiseKlDirect<T> p{batch, columns, levels.data()};
+  const int64_t parts = total_parts(batch), matrices = std::max<int64_t>(parts, 1);
+  Arena<T> arena(Scratch::launch, size, size, size, size, ceil_div(D, kPairDims) * stride, matrices * square, stride, stride,
+                 need_grad ? square : 0, need_grad ? stride : 0);
+  std::vector<double> squares(stride);
+  T* const levels = arena.take(ceil_div(D, kPairDims) * stride);
+  T* const totals = arena.take(matrices * square);
+  const PairColumns<T> columns = columns_of(
+      arena, batch, parts ? parts : column_parts(batch, kColumnWork),
+      [&](const PairColumns<T>& c, int64_t d, int64_t end) { ops<T>().means(means, c, levels + d / kPairDims * stride, d, end); },
+      [&](int64_t part, const PairColumns<T>& c, int64_t first, int64_t last) {
+        if (parts) ops<T>().totals(c, first, last, 0, stride, totals + part * square);
+      });
+  PairwiseKlDirect<T> p{batch, columns, levels};
   p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
-  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.deviations = arena.take(square);
-  p.squares = squares.data();
-  const int64_t group = 64 / sizeof(T), groups = stride / group, pairs = N * (N - 1);
+  p.parts = matrices, p.deviations = totals;
+  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.squares = squares.data();
+  const int64_t group = 64 / sizeof(T), pairs = N * (N - 1);
   ops<T>().log_dets(p);
-  in_parts(groups, 2 * group * size, [&](int64_t first, int64_t last) { ops<T>().totals(p, first * group, last * group); });
+  in_parts(stride / group, group * stride * (parts ? parts : 2 * D), [&](int64_t first, int64_t last) {
+    if (!parts) ops<T>().totals(columns, 0, D, first * group, last * group, totals);
+    ops<T>().divergences(p, first * group, last * group);
+  });
   const T error = static_cast<T>(mean_of(p.sums, stride) * stride / pairs);
   in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });
   const double spread = std::sqrt(mean_of(p.squares, stride) * stride / (pairs - 1));

@@ -50,18 +50,6 @@ static inline Vec<T> importance_power(Vec<T> x, Vec<T> shift, T scale) {
   return x == shift ? broadcast(T(1)) : other;
 }
 
-// A vector of T from values of type In, the same or narrower.
-template <class T, class In>
-static inline Vec<T> load_as(const In* p) {
-  if constexpr (std::is_same<T, In>::value) {
-    return load(p);
-  } else {
-    constexpr int bytes = kLanes<T> * sizeof(In);
-    typedef In Narrow __attribute__((vector_size(bytes), aligned(sizeof(In)), may_alias));
-    return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Vec<T>);
-  }
-}
-
 template <class T, class In>
 static void importance_moments(const In* log_w, int64_t rows, int64_t N, ImportanceOrder<T> order, T* moments, int64_t stride) {
   const ImportancePeriod period = ImportancePeriod::of<T>(N, rows);

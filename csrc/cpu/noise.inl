@@ -78,11 +78,9 @@ struct PolarDraws {
   // The draws of all lanes, as numbers of type T at `cosines` and `sines`.
   template <class T>
   void draw(T* cosines, T* sines) const {
-    typedef float Part __attribute__((vector_size(kLanes<T> * sizeof(float)), aligned(sizeof(float)), may_alias));
-    const auto read = [](const float* p) { return __builtin_convertvector(*reinterpret_cast<const Part*>(p), Vec<T>); };
     for (int i = 0; i < kCounters; i += kLanes<T>) {
-      const Vec<T> t = read(angle + i), w = t * t, first = read(signs[0] + i), second = read(signs[1] + i);
-      const Vec<T> radius = square_root<T>(log<T>(read(probability + i)) * T(-2));
+      const Vec<T> t = load_as<T>(angle + i), w = t * t, first = load_as<T>(signs[0] + i), second = load_as<T>(signs[1] + i);
+      const Vec<T> radius = square_root<T>(log<T>(load_as<T>(probability + i)) * T(-2));
       const Vec<T> cosine = radius * horner(Turn<T>::cosine, w), sine = radius * (t * horner(Turn<T>::sine, w));
       store(cosines + i, first * (first == second ? cosine : sine));
       store(sines + i, second * (first == second ? sine : cosine));

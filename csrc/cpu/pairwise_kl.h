@@ -61,11 +61,13 @@ template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
   PairColumns<T> columns;
-  const double* levels;  // [blocks of dimensions][stride]: Σ log σ² less that of the first posterior
+  const T* levels;    // [blocks of dimensions][stride]: Σ log σ² less that of the first posterior
   T mean;             // of the total
   T unit, scale;      // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
   T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
-  T* deviations;      // [stride][stride]: KL − mean by second posterior, 0 on the diagonal and in the padding
+  int64_t parts;      // of the dimensions
+  T* deviations;      // [parts][stride][stride]: totals of each part by second posterior; of them the first becomes KL − mean,
+                      // 0 on the diagonal and in the padding
   T* sums;            // [stride]
   double* squares;    // [stride]: beyond float where deviations pass 1.8e19
   T* turned;          // [stride][stride]: the deviations by first posterior, times unit
@@ -104,9 +106,11 @@ struct PairwiseKlKernels {
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions
   void (*mean_gradient)(const PairwiseKlMean<T>&, int64_t first, int64_t last);  // of rows
 
-  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, double* levels, int64_t first, int64_t last);
+  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, T* levels, int64_t first, int64_t last);  // of dimensions
+  // Of dimensions, and of second posteriors, whole groups.
+  void (*totals)(const PairColumns<T>&, int64_t d, int64_t end, int64_t first, int64_t last, T* totals);
   void (*log_dets)(const PairwiseKlDirect<T>&);
-  void (*totals)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors, whole groups
+  void (*divergences)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors
   void (*deviations)(const PairwiseKlDirect<T>&, T error, int64_t first, int64_t last);
   void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows
   void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions

@@ -10,21 +10,19 @@ constexpr int64_t kPairRows = 1024;    // first posteriors a block: their values
 constexpr int64_t kPairColumns = 256;  // second posteriors whose sums are added up before they join the total
 constexpr int kPairSums = 3;           // for each posterior, in each of its roles
 
-// Σ f(i) over vectors of [0, n), a multiple of kGroup, in an order that no instruction-set level changes.
+// Σ f(i) over vectors of [0, n), a multiple of kGroup, in lanes whose sum no instruction-set level changes.
 template <class T, class F>
-static inline T sum_groups(int64_t n, const F& f) {
+static inline Vec<T> fold_groups(int64_t n, const F& f) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   Vec<T> sums[registers] = {};
   for (int64_t i = 0; i < n; i += kGroup<T>)
     for (int r = 0; r < registers; ++r) sums[r] += f(i + r * kLanes<T>);
-  return sum_lanes<T>(sums);
+  return fold_registers<T>(sums);
 }
 
-// Lanes of T as double.
-template <class T>
-static inline Vec<double> load_wide(const T* p) {
-  typedef T Part __attribute__((vector_size(kLanes<double> * sizeof(T)), aligned(sizeof(T)), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Part*>(p), Vec<double>);
+template <class T, class F>
+static inline T sum_groups(int64_t n, const F& f) {
+  return sum_halves<T>(fold_groups<T>(n, f));
 }
 
 // f(number of vectors, first of them) over n vectors, `most` at a time.
@@ -40,19 +38,14 @@ static void pair_columns(const Posteriors<T>& p, const PairColumns<T>& c, int64_
             last - first);
   transpose(p.log_var + first * p.log_var_strides[1], p.log_var_strides[0], p.log_var_strides[1],
             c.log_var + first * c.stride, c.stride, p.N, last - first);
-  for (int64_t d = first; d < last; ++d) {
-    T *mu = c.mu + d * c.stride, *log_var = c.log_var + d * c.stride;
-    T *var = c.var + d * c.stride, *inverse = c.inverse + d * c.stride;
-    std::fill(mu + p.N, mu + c.stride, T(0));
-    std::fill(log_var + p.N, log_var + c.stride, T(0));
-    for (int64_t i = 0; i < c.stride; i += kLanes<T>) {
-      const Vec<T> x = load(log_var + i);
-      store(var + i, exp<T>(x));
-      store(inverse + i, exp<T>(-x));
-    }
-    std::fill(var + p.N, var + c.stride, T(0));
-    std::fill(inverse + p.N, inverse + c.stride, T(0));
+  const auto pad = [&](T* column) { std::fill(column + p.N, column + c.stride, T(0)); };
+  for (int64_t d = first; d < last; ++d) pad(c.mu + d * c.stride), pad(c.log_var + d * c.stride);
+  for (int64_t i = first * c.stride; i < last * c.stride; i += kLanes<T>) {
+    Vec<T> w;
+    store(c.var + i, exp<T>(load(c.log_var + i), w));
+    store(c.inverse + i, w);
   }
+  for (int64_t d = first; d < last; ++d) pad(c.var + d * c.stride), pad(c.inverse + d * c.stride);
 }
 
 // first, first + 1, …
@@ -203,186 +196,5 @@ static void pair_collect(const Posteriors<T>& p, const PairColumns<T>& c, const 
       for (int64_t d = 0; d < p.D; ++d)
         for (int64_t i = d * c.stride + first; i < d * c.stride + last; ++i) sums[i] += sums[2 * split * size + i];
     transpose(sums + first, c.stride, 1, gradients + part * p.N * p.D + first * p.D, p.D, p.D, last - first);
-  }
-}
-
-// The first n lanes of values that are `stride` apart, zero in the others.
-template <class T>
-static inline Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1) return load_lanes(p, n);
-  T lanes[kLanes<T>] = {};
-  for (int64_t k = 0; k < std::min<int64_t>(n, kLanes<T>); ++k) lanes[k] = p[k * stride];
-  return load(lanes);
-}
-
-// A row over some of the columns: m = μ − centre, log σ², σ² and 1 / σ²; 0, 0, 1 and 1 from `count` to a whole group.
-template <class T>
-struct CentredRow {
-  T mu[kMomentColumns], log_var[kMomentColumns], var[kMomentColumns], inverse[kMomentColumns];
-
-  void read(const Posteriors<T>& p, int64_t n, int64_t first, int64_t count, const T* centre) {
-    const T *const mu_row = p.mu + n * p.mu_strides[0], *const log_var_row = p.log_var + n * p.log_var_strides[0];
-    for (int64_t k = 0; k < round_up(count, kGroup<T>); k += kLanes<T>) {
-      const int64_t d = first + k, left = std::max<int64_t>(count - k, 0);
-      store(mu + k, load_strided(mu_row + d * p.mu_strides[1], p.mu_strides[1], left) - load_lanes(centre + k, left));
-      const Vec<T> x = load_strided(log_var_row + d * p.log_var_strides[1], p.log_var_strides[1], left);
-      store(log_var + k, x);
-      store(var + k, exp<T>(x));
-      store(inverse + k, exp<T>(-x));
-    }
-  }
-};
-
-// Σ_ij KL_d(i‖j) = ½ [Σ v Σ w + Σ m² Σ w − 2 Σ m Σ m w + N Σ m² w − N²], since the log-variances cancel over all pairs.
-// `sums` are `stride` apart.
-template <class T>
-static void pairwise_kl_mean_of(const PairwiseKlMean<T>& p, int64_t d, const double* sums, int64_t stride) {
-  const auto moment = [&](Moment k) -> T& { return p.moments[k * p.batch.D + d]; };
-  const double N = p.batch.N, m = sums[of_m * stride], w = sums[of_w * stride], mw = sums[of_mw * stride];
-  const double v_m2 = sums[of_v * stride] + sums[of_m2 * stride];
-  const double total = v_m2 * w - 2 * m * mw + N * sums[of_m2w * stride] - N * N;
-  p.mean[d] = T(0.5 * total / (N * (N - 1)));
-  moment(sum_m) = T(m), moment(sum_w) = T(w), moment(sum_mw) = T(mw), moment(sum_v_m2) = T(v_m2);
-}
-
-// Dimensions [first, last) of the mean from columns, in whose padding nothing counts, and Σ log σ² over them by posterior.
-// Log-determinants of close posteriors must not lose digits to a common level, that of the first one.
-template <class T>
-static void pair_means(const PairwiseKlMean<T>& p, const PairColumns<T>& c, double* levels, int64_t first, int64_t last) {
-  constexpr int registers = 64 / LATENT_VECTOR_BYTES, lanes = kLanes<double>;
-  for (int64_t i = 0; i < c.stride; i += lanes) {
-    Vec<double> sum = {};
-    for (const T* log_var = c.log_var + first * c.stride; log_var < c.log_var + last * c.stride; log_var += c.stride)
-      sum += load_wide(log_var + i) - double(log_var[0]);
-    store(levels + i, sum);
-  }
-  for (int64_t d = first; d < last; ++d) {
-    T* const mu = c.mu + d * c.stride;
-    const T *const var = c.var + d * c.stride, *const inverse = c.inverse + d * c.stride;
-    const double total = sum_groups<double>(c.stride, [&](int64_t i) { return load_wide(mu + i); });
-    const T middle = p.moments[centre * p.batch.D + d] = T(total / p.batch.N);
-    std::fill(mu + p.batch.N, mu + c.stride, middle);
-    Vec<double> parts[kMeanSums][registers] = {}, folded[kMeanSums];
-    for (int64_t i = 0; i < c.stride; i += kGroup<double>)
-#pragma GCC unroll 4
-      for (int r = 0; r < registers; ++r) {
-        const int64_t at = i + r * lanes;
-        const Vec<double> m = load_wide(mu + at) - double(middle), v = load_wide(var + at), w = load_wide(inverse + at);
-        const Vec<double> mw = m * w;
-        parts[of_m][r] += m, parts[of_v][r] += v, parts[of_w][r] += w, parts[of_mw][r] += mw;
-        parts[of_m2][r] += m * m, parts[of_m2w][r] += m * mw;
-      }
-    for (int k = 0; k < kMeanSums; ++k) folded[k] = fold_registers<double>(parts[k]);
-    double sums[8];  // whole vectors
-    sum_halves_of<double>(folded, sums);
-    pairwise_kl_mean_of(p, d, sums, 1);
-  }
-}
-
-// Half h of the lanes, as double.
-template <class T, int h>
-static inline Vec<double> widen(Vec<T> x) {
-  if constexpr (sizeof(T) == 8) {
-    return x;
-  } else {
-    using Part = typename Sized<T, kLanes<double> * sizeof(T)>::Vec;
-    const Part part = lanes_from<h * kLanes<double>, T>(x, std::make_integer_sequence<int, kLanes<double>>{});
-    return __builtin_convertvector(part, Vec<double>);
-  }
-}
-
-// Sums over rows [first, last) for the dimensions of one vector from d on. What μ is against, the mean of the first part of
-// the batch, goes to `middle`.
-template <class T, class Load>
-static inline void moment_strip(const PairwiseKlMean<T>& p, int64_t first, int64_t last, int64_t d, const Load& read,
-                                T (&middle)[kLanes<T>], double (&sums)[kMomentSums][kLanes<T>]) {
-  constexpr int halves = kLanes<T> / kLanes<double>;
-  const Posteriors<T>& b = p.batch;
-  const T *mu = b.mu + d * b.mu_strides[1], *log_var = b.log_var + d * b.log_var_strides[1];
-  const int64_t rows = std::min(b.N, p.rows);
-  Vec<double> middles[halves] = {};
-  for (int64_t n = 0; n < rows; ++n) {
-    const Vec<T> x = read(mu + n * b.mu_strides[0], b.mu_strides[1]);
-    middles[0] += widen<T, 0>(x);
-    if constexpr (halves == 2) middles[1] += widen<T, 1>(x);
-  }
-  for (int k = 0; k < kLanes<T>; ++k) middle[k] = T(middles[k / kLanes<double>][k % kLanes<double>] / rows);
-  const Vec<T> mu0 = load(middle), log_var0 = read(log_var, b.log_var_strides[1]);
-  Vec<double> totals[kMomentSums][halves] = {};
-  for (int64_t n = first; n < last; ++n) {
-    const Vec<T> x = read(mu + n * b.mu_strides[0], b.mu_strides[1]);
-    const Vec<T> y = read(log_var + n * b.log_var_strides[0], b.log_var_strides[1]), var = exp<T>(y), inverse = exp<T>(-y);
-    const auto add = [&](auto half) {
-      constexpr int h = half();
-      const Vec<double> m = widen<T, h>(x) - widen<T, h>(mu0), v = widen<T, h>(var), w = widen<T, h>(inverse), mw = m * w;
-      totals[of_m][h] += m, totals[of_v][h] += v, totals[of_w][h] += w, totals[of_mw][h] += mw;
-      totals[of_m2][h] += m * m, totals[of_m2w][h] += m * mw;
-      totals[of_level][h] += widen<T, h>(y) - widen<T, h>(log_var0);
-    };
-    add(std::integral_constant<int, 0>{});
-    if constexpr (halves == 2) add(std::integral_constant<int, 1>{});
-  }
-  for (int s = 0; s < kMomentSums; ++s)
-    for (int h = 0; h < halves; ++h) store(sums[s] + h * kLanes<double>, totals[s][h]);
-}
-
-// Sums over a part of the rows for dimensions [first, last).
-template <class T>
-static void pairwise_kl_moments(const PairwiseKlMean<T>& p, int64_t part, int64_t first, int64_t last) {
-  const int64_t D = p.batch.D, row = part * p.rows, end = std::min(p.batch.N, row + p.rows);
-  const bool contiguous = p.batch.mu_strides[1] == 1 && p.batch.log_var_strides[1] == 1;
-  for (int64_t d = first; d < last; d += kLanes<T>) {
-    const int64_t count = std::min<int64_t>(last - d, kLanes<T>);
-    T middle[kLanes<T>];
-    double sums[kMomentSums][kLanes<T>];
-    if (contiguous && count == kLanes<T>)
-      moment_strip(p, row, end, d, [](const T* x, int64_t) { return load(x); }, middle, sums);
-    else
-      moment_strip(p, row, end, d, [=](const T* x, int64_t stride) { return load_strided(x, stride, count); }, middle, sums);
-    if (part == 0) std::copy_n(middle, count, p.moments + centre * D + d);
-    for (int s = 0; s < kMomentSums; ++s) std::copy_n(sums[s], count, p.sums + (part * kMomentSums + s) * D + d);
-  }
-}
-
-// Dimensions [first, last) of the means. The sums of the first part become those of all rows, against the centre.
-template <class T>
-static void pairwise_kl_mean(const PairwiseKlMean<T>& p, int64_t first, int64_t last) {
-  const int64_t D = p.batch.D, size = kMomentSums * D;
-  for (int s = 0; s < kMomentSums; ++s)
-    for (int64_t part = 1; part * p.rows < p.batch.N; ++part)
-      for (int64_t k = s * D + first; k < s * D + last; ++k) p.sums[k] += p.sums[part * size + k];
-  for (int64_t d = first; d < last; ++d) {
-    const auto sum = [&](MomentSum s) -> double& { return p.sums[s * D + d]; };
-    const double N = p.batch.N, middle = p.moments[centre * D + d];
-    const double shift = (p.moments[centre * D + d] = T(middle + sum(of_m) / N)) - middle;
-    sum(of_m2w) -= shift * (2 * sum(of_mw) - shift * sum(of_w)), sum(of_mw) -= shift * sum(of_w);
-    sum(of_m2) -= shift * (2 * sum(of_m) - shift * N), sum(of_m) -= shift * N;
-    pairwise_kl_mean_of(p, d, p.sums + d, D);
-  }
-}
-
-// Gradients of rows [first, last): those of the means, and of the deviation as `unit` times its gradient.
-template <class T>
-static void pairwise_kl_mean_gradient(const PairwiseKlMean<T>& p, int64_t first, int64_t last) {
-  const int64_t N = p.batch.N, D = p.batch.D;
-  const T pairs = T(N) * T(N - 1), of_std = p.grad_std ? *p.grad_std : T(0);
-  CentredRow<T> row;
-  T grad[kMomentColumns];
-  for (int64_t d = 0; d < D; d += kMomentColumns) {
-    const int64_t count = std::min(kMomentColumns, D - d);
-    const auto moment = [&](Moment m) { return p.moments + m * D + d; };
-    for (int64_t k = 0; k < count; ++k) grad[k] = p.grad_mean[(d + k) * p.grad_mean_stride] / pairs;
-    for (int64_t n = first; n < last; ++n) {
-      row.read(p.batch, n, d, count, moment(centre));
-      T *const dmu = p.dmu + n * D + d, *const dlog_var = p.dlog_var + n * D + d;
-      for (int64_t k = 0; k < count; ++k) {
-        const T m = row.mu[k], w = row.inverse[k], nm = T(N) * m, s = moment(sum_m)[k];
-        dmu[k] = grad[k] * ((m * moment(sum_w)[k] - moment(sum_mw)[k]) + (nm - s) * w);
-        dlog_var[k] = grad[k] * T(0.5) * (row.var[k] * moment(sum_w)[k] - w * (moment(sum_v_m2)[k] + m * (nm - s - s)));
-      }
-      if (!p.grad_std) continue;
-      const T *const unit_mu = p.unit + n * D + d, *const unit_log_var = unit_mu + N * D;
-      for (int64_t k = 0; k < count; ++k) dmu[k] += of_std * unit_mu[k], dlog_var[k] += of_std * unit_log_var[k];
-    }
   }
 }

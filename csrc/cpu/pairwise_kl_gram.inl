@@ -77,13 +77,13 @@ static void gram_features(const PairwiseKlGram<T>& p, int64_t first, int64_t las
       for (int64_t k = 0; k < count; k += kLanes<double>) {
         const int64_t d = d0 + k, left = count - k;
         const auto mean = [&](const double* means) { return load_lanes(means + d, left); };
-        const Vec<double> m = load_wide(row.mu + k), v = load_wide(row.var + k), w = load_wide(row.inverse + k);
+        const Vec<double> m = load_as<double>(row.mu + k), v = load_as<double>(row.var + k), w = load_as<double>(row.inverse + k);
         const Vec<double> a1_mean = mean(p.a_mean), a2_mean = mean(p.a_mean + D);
         const Vec<double> b1_mean = mean(p.b_mean), b2_mean = mean(p.b_mean + D);
         const Vec<double> a1 = v + m * m - a1_mean, a2 = m - a2_mean, b1 = w - b1_mean, b2 = -2 * m * w - b2_mean;
         store_lanes(a + d, left, a1), store_lanes(a + D + d, left, a2);
         store_lanes(b + d, left, b1), store_lanes(b + D + d, left, b2);
-        const Vec<double> level = load_wide(row.log_var + k) - mean(p.level);
+        const Vec<double> level = load_as<double>(row.log_var + k) - mean(p.level);
         const int r = k / kLanes<double> % registers;
         rho[r] += a1 * b1_mean + a2 * b2_mean - level, gamma[r] += a1_mean * b1 + a2_mean * b2 + (level + m * m * w);
       }
@@ -185,8 +185,9 @@ static constexpr PairwiseKlKernels<T> pairwise_kl_kernels() {
           pairwise_kl_mean<T>,
           pairwise_kl_mean_gradient<T>,
           pair_means<T>,
-          pair_log_dets<T>,
           pair_totals<T>,
+          pair_log_dets<T>,
+          pair_divergences<T>,
           pair_deviations<T>,
           pair_turn<T>,
           pair_direct_gradient<T>,

@@ -3,61 +3,72 @@
 // a posterior and 8 D² more.
 
 constexpr int kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;  // of first posteriors in a register tile
-constexpr int64_t kTotalRun = 32;  // dimensions added up before they join the total: over D = 1024 a plain sum is off by 4 eps
+// Dimensions added up before they join the total: over D = 1024 a plain sum is off by 4 eps. Their columns stay in the L1 cache.
+constexpr int64_t kTotalRun = 32;
 
-// 2 KL less the difference of the log-determinants, Σ_d (p w − 1), of a tile of second posteriors and `vectors` of first ones.
+// Σ (p w − 1) over the dimensions [d, end), 2 KL less the difference of the log-determinants, for a tile of second posteriors
+// and `vectors` of first ones: set, or added to what is there.
 template <class T, int vectors>
-static inline void pair_total_tile(const PairwiseKlDirect<T>& p, int64_t j, int64_t i) {
-  const int64_t stride = p.columns.stride;
-  Vec<T> totals[kPairTile][vectors] = {};
-  for (int64_t d0 = 0; d0 < p.batch.D; d0 += kTotalRun) {
-    Vec<T> sums[kPairTile][vectors] = {};
-    for (int64_t d = d0; d < std::min(p.batch.D, d0 + kTotalRun); ++d) {
-      const PairColumn<T> c(p.columns, d);
+static inline void pair_total_tile(const PairColumns<T>& columns, int64_t d, int64_t end, int64_t j, int64_t i, bool add,
+                                   T* totals) {
+  Vec<T> sums[kPairTile][vectors] = {};
+  for (; d < end; ++d) {
+    const PairColumn<T> c(columns, d);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const Vec<T> mu = load(c.mu + i + v * kLanes<T>), var = load(c.var + i + v * kLanes<T>);
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<T> mu = load(c.mu + i + v * kLanes<T>), var = load(c.var + i + v * kLanes<T>);
 #pragma GCC unroll 4
-        for (int t = 0; t < kPairTile; ++t) {
-          const Vec<T> delta = mu - broadcast(c.mu[j + t]);
-          sums[t][v] += (delta * delta + var) * broadcast(c.inverse[j + t]) - T(1);
-        }
+      for (int t = 0; t < kPairTile; ++t) {
+        const Vec<T> delta = mu - broadcast(c.mu[j + t]);
+        sums[t][v] += (delta * delta + var) * broadcast(c.inverse[j + t]) - T(1);
       }
     }
-    for (int t = 0; t < kPairTile; ++t)
-      for (int v = 0; v < vectors; ++v) totals[t][v] += sums[t][v];
   }
   for (int t = 0; t < kPairTile; ++t)
     for (int v = 0; v < vectors; ++v) {
-      const Vec<T> determinants = broadcast(p.log_det[j + t]) - load(p.log_det + i + v * kLanes<T>);
-      store(p.deviations + (j + t) * stride + i + v * kLanes<T>, T(0.5) * (totals[t][v] + determinants) - p.mean);
+      T* const at = totals + (j + t) * columns.stride + i + v * kLanes<T>;
+      store(at, add ? load(at) + sums[t][v] : sums[t][v]);
     }
 }
 
+// Those of the dimensions [begin, end), which may be none, for the second posteriors [first, last), into
+// totals[stride][stride].
+template <class T>
+static void pair_totals(const PairColumns<T>& columns, int64_t begin, int64_t end, int64_t first, int64_t last, T* totals) {
+  int64_t d = begin;
+  do {
+    in_tiles<kPairVectors>(columns.stride / kLanes<T>, [&](auto vectors, int64_t v) {
+      for (int64_t j = first; j < last; j += kPairTile)
+        pair_total_tile<T, vectors()>(columns, d, std::min(end, d + kTotalRun), j, v * kLanes<T>, d > begin, totals);
+    });
+  } while ((d += kTotalRun) < end);
+}
+
+// Σ_d log σ² of each posterior less that of the first one.
 template <class T>
 static void pair_log_dets(const PairwiseKlDirect<T>& p) {
   const int64_t stride = p.columns.stride;
   for (int64_t i = 0; i < stride; i += kLanes<double>) {
     Vec<double> sum = {};
-    for (int64_t block = 0; block * kPairDims < p.batch.D; ++block) sum += load(p.levels + block * stride + i);
+    for (int64_t block = 0; block * kPairDims < p.batch.D; ++block) sum += load_as<double>(p.levels + block * stride + i);
     for (int k = 0; k < kLanes<double>; ++k) p.log_det[i + k] = T(sum[k]);
   }
 }
 
-// KL − mean of the second posteriors [first, last), and their sums.
+// KL − mean of the second posteriors [first, last) from the totals of all parts, and their sums.
 template <class T>
-static void pair_totals(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
+static void pair_divergences(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
   const int64_t stride = p.columns.stride, N = p.batch.N;
-  for (int64_t j = first; j < last; j += kPairTile) {
-    in_tiles<kPairVectors>(stride / kLanes<T>, [&](auto vectors, int64_t v) {
-      pair_total_tile<T, vectors()>(p, j, v * kLanes<T>);
-    });
-    for (int t = 0; t < kPairTile; ++t) {
-      T* const row = p.deviations + (j + t) * stride;
-      if (j + t < N) std::fill(row + N, row + stride, T(0)), row[j + t] = 0;
-      else std::fill_n(row, stride, T(0));
-      p.sums[j + t] = sum_groups<T>(stride, [&](int64_t k) { return load(row + k); });
+  for (int64_t j = first; j < last; ++j) {
+    T* const row = p.deviations + j * stride;
+    for (int64_t i = 0; i < stride; i += kLanes<T>) {
+      Vec<T> total = load(row + i);
+      for (int64_t part = 1; part < p.parts; ++part) total += load(row + part * stride * stride + i);
+      store(row + i, T(0.5) * (total + (broadcast(p.log_det[j]) - load(p.log_det + i))) - p.mean);
     }
+    if (j < N) std::fill(row + N, row + stride, T(0)), row[j] = 0;
+    else std::fill_n(row, stride, T(0));
+    p.sums[j] = sum_groups<T>(stride, [&](int64_t k) { return load(row + k); });
   }
 }
 
@@ -68,7 +79,7 @@ static void pair_deviations(const PairwiseKlDirect<T>& p, T error, int64_t first
   for (int64_t j = first; j < last; ++j) {
     T* const row = p.deviations + j * stride;
     for (int64_t i = 0; i < (j < N ? N : 0); ++i) row[i] -= i == j ? T(0) : error;
-    p.squares[j] = sum_groups<double>(stride, [&](int64_t k) { return load_wide(row + k) * load_wide(row + k); });
+    p.squares[j] = sum_groups<double>(stride, [&](int64_t k) { return load_as<double>(row + k) * load_as<double>(row + k); });
   }
 }
 
