@@ -72,7 +72,7 @@ struct PairMoments {
   // runs of kPairColumns posteriors.
   inline void set(int64_t k, const T* mu, const T* var, const T* inverse, T middle, int64_t stride) {
     constexpr int registers = 64 / LATENT_VECTOR_BYTES, halves = kLanes<T> / kLanes<double>;
-    Vec<T> totals[kMeanSums] = {};
+    Vec<T> totals[kMeanSums][registers] = {};
     Vec<double> of_var[registers] = {}, of_inverse[registers] = {};
     const auto add = [](Vec<double> (&sums)[registers], int r, Vec<T> x) {
       sums[r * halves % registers] += wide_half<T, 0>(x);
@@ -88,9 +88,10 @@ struct PairMoments {
           add(of_var, r, load(var + at)), add(of_inverse, r, w);
           sums[of_m][r] += m, sums[of_mw][r] += mw, sums[of_m2][r] += m * m, sums[of_m2w][r] += m * mw;
         }
-      for (const MomentSum s : narrow) totals[s] += fold_registers<T>(sums[s]);
+      for (const MomentSum s : narrow)
+        for (int r = 0; r < registers; ++r) totals[s][r] += sums[s][r];
     }
-    for (const MomentSum s : narrow) narrow_sums[s][k] = totals[s];
+    for (const MomentSum s : narrow) narrow_sums[s][k] = fold_registers<T>(totals[s]);
     wide_sums[of_v][k] = fold_registers<double>(of_var), wide_sums[of_w][k] = fold_registers<double>(of_inverse);
   }
 
