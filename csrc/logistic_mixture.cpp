@@ -62,7 +62,7 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& params, const
   const Tensor stats = as_contiguous(stats_);
   Tensor dparams = empty(x, {in.images, in.planes(), in.P});
   const LogisticMixtureBackward<T> p{in, grad.const_data_ptr<T>(), grad.stride(0), stats.const_data_ptr<T>(),
-                                     dparams.mutable_data_ptr<T>()};
+                                     dparams.mutable_data_ptr<T>(), passes_cache(dparams, in.P)};
   in_parts(in.images * in.parts(), 2 * part_work(in), [&](int64_t first, int64_t last) {
     kernels<T>().logistic_mixture.backward(p, first, last);
   });

@@ -53,26 +53,6 @@ static inline void importance_groups(const T* z, int64_t stride, int64_t D, cons
   }
 }
 
-// A store to aligned memory that does not fetch the line first.
-template <class T>
-static inline void store_past_cache(T* p, Vec<T> v) {
-  typedef float Floats __attribute__((vector_size(LATENT_VECTOR_BYTES)));
-#if defined(__x86_64__) && LATENT_VECTOR_BYTES == 64
-  __builtin_ia32_movntps512(reinterpret_cast<float*>(p), (Floats)v);
-#elif defined(__x86_64__) && LATENT_VECTOR_BYTES == 32
-  __builtin_ia32_movntps256(reinterpret_cast<float*>(p), (Floats)v);
-#else
-  store(p, v);
-#endif
-}
-
-// Makes those stores visible to other threads.
-static inline void fence_stores() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
-}
-
 template <class T>
 static inline void importance_gather(const T* in, int64_t stride, int64_t n, T* out) {
   if (stride == 1) {

@@ -307,11 +307,15 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
 }
 
 // The gradients of one component at one vector of pixels, of which `weight` is g r_k and `share` g π_k, to the planes that
-// start at `out`.
+// start at `out`, past the caches or not.
 template <class T, int C>
 static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const LogisticComponent<T, C>& m, int64_t k,
-                                             int64_t i, Vec<T> weight, Vec<T> share, T* out) {
+                                             int64_t i, Vec<T> weight, Vec<T> share, T* out, bool past_cache) {
   using P = Pack<T, C>;
+  const auto write = [&](int row, Vec<T> v) {
+    T* const to = out + b.at(row, k, i);
+    past_cache ? store_past_cache(to, v) : store(to, v);
+  };
   const P inv_both = T(1) / (m.den * m.sinh), inv_den = m.sinh * inv_both, inside = (m.u * m.u - T(1)) * inv_den;
   const P dt = P::each([](Vec<T> s, Vec<T> t, Vec<T> u, Vec<T> d, Vec<T> a) {
     return s != T(0) ? (s * t < T(0) ? broadcast(T(1)) : u) * d * s : flip_sign<T>(a, sign_bit<T>(t));
@@ -323,17 +327,17 @@ static LATENT_INLINE void logistic_gradients(const LogisticBlock<T, C>& b, const
   const P dlog_scale = P::each([](Vec<T> raw, Vec<T> s, Vec<T> w, Vec<T> open, Vec<T> a) {
     return raw < kLogisticMinLogScale<T> ? Vec<T>{} : w * ((s != T(0) ? Vec<T>{} : a) - open);
   }, m.log_scale, m.side, weights, m.t * dt, width);
-  store(out + b.at(0, k, i), weight - share);
+  write(0, weight - share);
   for (int c = 0; c < C; ++c) {
-    store(out + b.at(b.mean_row(c), k, i), dmean.v[c]);
-    store(out + b.at(b.mean_row(c) + 1, k, i), dlog_scale.v[c]);
+    write(b.mean_row(c), dmean.v[c]);
+    write(b.mean_row(c) + 1, dlog_scale.v[c]);
   }
   if constexpr (C == 3) {
     const P slope = T(1) - m.coef * m.coef;
     const Vec<T> red = load(b.x[0] + i), green = load(b.x[1] + i);
-    store(out + b.at(3, k, i), slope.v[0] * dmean.v[1] * red);
-    store(out + b.at(6, k, i), slope.v[1] * dmean.v[2] * red);
-    store(out + b.at(9, k, i), slope.v[2] * dmean.v[2] * green);
+    write(3, slope.v[0] * dmean.v[1] * red);
+    write(6, slope.v[1] * dmean.v[2] * red);
+    write(9, slope.v[2] * dmean.v[2] * green);
   }
 }
 
@@ -354,18 +358,20 @@ static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first
       prior[i] = counts ? stats[2 * P + i] : T(0);
     }
     T* const out = p.dparams + image * planes * P + pixel;
+    const bool past_cache = p.past_cache && b.whole;
     for (int64_t k = 0; k < b.K; ++k)
       for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
-        logistic_prefetch(b, k + 1, i, out);
+        logistic_prefetch(b, k + 1, i, past_cache ? nullptr : out);
         const LogisticComponent<T, C> m(b, k, i);
         const Vec<T> logit = load(b.params + b.at(0, k, i));
         logistic_gradients(b, m, k, i, load(over_sum + i) * m.ratio * exp<T>(logit + m.linear - load(top + i)),
-                           load(grad + i) * exp<T>(logit - load(prior + i)), b.whole ? out : unpacked);
+                           load(grad + i) * exp<T>(logit - load(prior + i)), b.whole ? out : unpacked, past_cache);
       }
     if (!b.whole)
       for (int64_t plane = 0; plane < planes; ++plane) std::copy_n(unpacked + plane * b.plane, b.n, out + plane * P);
   };
   for (int64_t part = first; part < last; ++part) logistic_blocks(p.in, part, packed, b, block);
+  fence_stores();
 }
 
 template <class T>
