@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& mean, const Tensor& log_var, co
   const Call<T> call(mean, log_var, noise);
   const int64_t S = call.inputs.S, N = call.inputs.N, D = call.inputs.D;
   Tensor z = call.sampled ? empty(log_var, {S, N, D}) : empty(log_var, {N, D}), kl = empty(log_var, {N, D});
-  const ReparametrizeForward<T> p{call.inputs, z.mutable_data_ptr<T>(), kl.mutable_data_ptr<T>()};
+  const ReparametrizeForward<T> p{call.inputs, z.mutable_data_ptr<T>(), kl.mutable_data_ptr<T>(), passes_cache(z, D),
+                                  passes_cache(kl, D)};
   call.run([&](int64_t first, int64_t last) { kernels<T>().reparametrize.forward(p, first, last); });
   return {z, kl};
 }
@@ -79,7 +80,8 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_z_, const 
                                    grad_kl ? array<T>(*grad_kl) : ReparametrizeArray<T>{},
                                    shared,
                                    need_mean ? dmean.mutable_data_ptr<T>() : nullptr,
-                                   need_log_var ? dlog_var.mutable_data_ptr<T>() : nullptr};
+                                   need_log_var ? dlog_var.mutable_data_ptr<T>() : nullptr,
+                                   passes_cache(need_mean ? dmean : dlog_var, D)};
   call.run([&](int64_t first, int64_t last) { kernels<T>().reparametrize.backward(p, first, last); });
   return {dmean, dlog_var};
 }

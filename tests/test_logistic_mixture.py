@@ -235,6 +235,17 @@ def test_large_image_keeps_its_digits(implementation):
     assert (value - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs()
 
 
+def test_gradient_too_large_for_the_cache_is_that_of_its_halves(implementation):
+    backend, device = implementation
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for large sizes")
+    x, params = images(30, 3, 10, 32, 32, device=device)  # 12.3 MB
+    grad = torch.randn(30, generator=torch.Generator().manual_seed(1)).to(device)
+    halves = [run([x[rows], params[rows]], grad[rows], backend=backend) for rows in (slice(15), slice(15, None))]
+    for found, *parts in zip(run([x, params], grad, backend=backend), *halves, strict=True):
+        assert torch.equal(found, torch.cat(parts))
+
+
 def test_half_precision_gives_float32(implementation):
     backend, device = implementation
     x, params = images(2, 3, 3, 4, 4, device=device)

@@ -203,6 +203,19 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
         same_at_any_threads(lambda inputs=inputs: run(inputs, incoming(inputs), backend=backend))
 
 
+@pytest.mark.parametrize("size", [(None, 3200, 1024), (50, 130, 512)], ids=["of one", "of many"])
+def test_outputs_too_large_for_the_cache_are_those_of_their_halves(implementation, size):
+    backend, device = implementation
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for large sizes")
+    inputs, half = posterior(*size, device=device), size[1] // 2  # 13 MB
+    grads = incoming(inputs)
+    halves = [run([t[..., rows, :] for t in inputs], [g[..., rows, :] for g in grads], backend=backend)
+              for rows in (slice(half), slice(half, None))]
+    for found, *parts in zip(run(inputs, grads, backend=backend), *halves, strict=True):
+        assert torch.equal(found, torch.cat(parts, -2))
+
+
 @needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
     same_at_avx2_and_avx512(lambda: [

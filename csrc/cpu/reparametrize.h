@@ -25,7 +25,8 @@ struct ReparametrizeInputs {
 template <class T>
 struct ReparametrizeForward {
   ReparametrizeInputs<T> inputs;
-  T *z, *kl;  // [S, N, D], [N, D]
+  T *z, *kl;                         // [S, N, D], [N, D]
+  bool z_past_cache, kl_past_cache;  // too large for the caches, aligned, and their rows are whole groups
 };
 
 template <class T>
@@ -34,6 +35,7 @@ struct ReparametrizeBackward {
   ReparametrizeArray<T> grad_z, grad_kl;
   bool grad_kl_is_shared;  // by the elements of a row
   T *dmean, *dlog_var;     // [N, D] or null
+  bool past_cache;         // both
 };
 
 template <class T>

@@ -71,6 +71,12 @@ struct ReparametrizeScale {
   Vec<T> expm1_minus_log_var() const { return u * u + (u_minus_h + u_minus_h); }
 };
 
+// `lanes` is kLanes where it goes past the caches.
+template <class T>
+static inline void reparametrize_store(T* p, int64_t lanes, Vec<T> v, bool past_cache) {
+  past_cache ? store_past_cache(p, v) : store_lanes(p, lanes, v);
+}
+
 template <class T>
 static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t first, int64_t last) {
   const ReparametrizeInputs<T>& in = p.inputs;
@@ -83,7 +89,8 @@ static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t firs
     Vec<T> std;
     if (s == 0) {
       const ReparametrizeScale<T> scale(load_lanes(in.log_var.at(0, n) + i, lanes));
-      store_lanes(p.kl + n * in.D + i, lanes, (mean * mean + scale.expm1_minus_log_var()) * T(0.5));
+      const Vec<T> kl = (mean * mean + scale.expm1_minus_log_var()) * T(0.5);
+      reparametrize_store(p.kl + n * in.D + i, lanes, kl, p.kl_past_cache);
       std = scale.std;
       if (in.S > kSampleTile) store(stds + slot, std);
     } else {
@@ -93,8 +100,9 @@ static void reparametrize_forward(const ReparametrizeForward<T>& p, int64_t firs
     T* z = p.z + (s * in.N + n) * in.D + i;
     const int64_t next_noise = drawn.stride_s, next_z = in.N * in.D;  // which would be read again after each store
     for (int64_t left = std::min(kSampleTile, in.S - s); left > 0; --left, noise += next_noise, z += next_z)
-      store_lanes(z, lanes, std * load_lanes(noise, lanes) + mean);
+      reparametrize_store<T>(z, lanes, std * load_lanes(noise, lanes) + mean, p.z_past_cache);
   });
+  fence_stores();
 }
 
 // The gradients of one vector, of which those through z are `dmean` and `dstd`.
@@ -108,12 +116,12 @@ static inline void reparametrize_finish(const ReparametrizeBackward<T>& p, int64
     dkl = p.grad_kl_is_shared ? broadcast(*grad) : load_lanes(grad + i, lanes);
     dmean += dkl * load_lanes(in.mean.at(0, n) + i, lanes);
   }
-  if (p.dmean) store_lanes(p.dmean + n * in.D + i, lanes, dmean);
+  if (p.dmean) reparametrize_store(p.dmean + n * in.D + i, lanes, dmean, p.past_cache);
   if (!p.dlog_var) return;
   const ReparametrizeScale<T> scale(load_lanes(in.log_var.at(0, n) + i, lanes));
   Vec<T> dlog_var = scale.std * dstd;
   if (p.grad_kl.data) dlog_var += dkl * scale.expm1();
-  store_lanes(p.dlog_var + n * in.D + i, lanes, dlog_var * T(0.5));
+  reparametrize_store<T>(p.dlog_var + n * in.D + i, lanes, dlog_var * T(0.5), p.past_cache);
 }
 
 template <class T>
@@ -137,6 +145,7 @@ static void reparametrize_backward(const ReparametrizeBackward<T>& p, int64_t fi
     if (end == in.S) return reparametrize_finish(p, n, i, lanes, dmean, dstd);
     store(dmeans + slot, dmean), store(dstds + slot, dstd);
   });
+  fence_stores();
 }
 
 template <class T>
