@@ -11,22 +11,30 @@ constexpr int64_t kTotalRun = 32;
 template <class T, int vectors>
 static inline void pair_total_tile(const PairColumns<T>& columns, int64_t d, int64_t end, int64_t j, int64_t i, bool add,
                                    T* totals) {
-  Vec<T> sums[kPairTile][vectors] = {};
-  for (; d < end; ++d) {
-    const PairColumn<T> c(columns, d);
+  const int64_t stride = columns.stride;
+  const T *mu_i = columns.mu + d * stride + i, *var_i = columns.var + d * stride + i;
+  const T *mu_j = columns.mu + d * stride + j, *inverse_j = columns.inverse + d * stride + j;
+  Vec<T> sums[kPairTile][vectors];
+#pragma GCC unroll 4
+  for (int t = 0; t < kPairTile; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sums[t][v] = Vec<T>{};
+  for (; d < end; ++d, mu_i += stride, var_i += stride, mu_j += stride, inverse_j += stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const Vec<T> mu = load(c.mu + i + v * kLanes<T>), var = load(c.var + i + v * kLanes<T>);
+      const Vec<T> mu = load(mu_i + v * kLanes<T>), var = load(var_i + v * kLanes<T>);
 #pragma GCC unroll 4
       for (int t = 0; t < kPairTile; ++t) {
-        const Vec<T> delta = mu - broadcast(c.mu[j + t]);
-        sums[t][v] += (delta * delta + var) * broadcast(c.inverse[j + t]) - T(1);
+        const Vec<T> delta = mu - broadcast(mu_j[t]);
+        sums[t][v] += (delta * delta + var) * broadcast(inverse_j[t]) - T(1);
       }
     }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < kPairTile; ++t)
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      T* const at = totals + (j + t) * columns.stride + i + v * kLanes<T>;
+      T* const at = totals + (j + t) * stride + i + v * kLanes<T>;
       store(at, add ? load(at) + sums[t][v] : sums[t][v]);
     }
 }
