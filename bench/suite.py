@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import Ceilings, Timing, Work, peak_memory, time_calls
+from .timing import Ceilings, Probes, Timing, Work, peak_memory, time_calls
 
 TOO_BIG = 8 * 2**30  # bytes of intermediates over which a peer is not run
 KEOPS_DIMENSIONS = 512  # it unrolls them: a formula with gradients over 1,024 compiles for ten minutes
@@ -67,7 +67,8 @@ class Result:
 
 
 def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Ceilings, compiled: bool) -> Result:
-    """Checks every peer's values against float64, then times those that passed."""
+    """Checks every peer's values against float64, then times those that passed, and in the same turns the ceiling that by
+    `ceilings` bounds the case."""
     torch._dynamo.reset()  # after eight compilations of a formula the ninth would run uncompiled
     bound, limit = ceilings.bound(suite.work(case, backward))
     sizes = dict(zip(suite.sizes, suite.cases[case], strict=True))
@@ -89,7 +90,10 @@ def run_case(suite: Suite, case: str, backward: bool, device: str, ceilings: Cei
             del calls[name]
     del outputs, exact
     result.memory = {name: peak_memory(call, device) for name, call in calls.items() if not name.startswith("jax")}
-    result.timings = time_calls(calls, device)
+    probes = Probes(device)
+    times = time_calls(calls, device, beside=probes.of(limit))
+    result.bound = suite.work(case, backward).amount(limit) / probes.rate(limit, {name: t.median for name, t in times.items()})
+    result.timings = {name: times[name] for name in calls}
     return result
 
 

@@ -43,20 +43,24 @@ def _clock(call: Callable[[], object], repeats: int, device: str) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 9) -> dict[str, Timing]:
+def time_calls(calls: dict[str, Callable[[], object]], device: str, rounds: int = 9,
+               beside: dict[str, Callable[[], object]] | None = None) -> dict[str, Timing]:
     """Times all calls in turns, so that a disturbance of the machine hits all of them.
 
-    Every call must have run before. What takes over a second, or over ten times the fastest, gets 3 rounds. Before each
-    sample a call shorter than the warm-up runs untimed: what the others left in caches, allocator and thread pools is not
-    part of it.
+    Every call must have run before. What takes over a second, or over ten times the fastest, gets 3 rounds, but those
+    `beside`, which also set no measure for the others. Before each sample a call shorter than the warm-up runs untimed: what
+    the others left in caches, allocator and thread pools is not part of it.
     """
+    beside = beside or {}
+    calls = calls | beside
     once, samples = {}, {name: [] for name in calls}
     for name, call in calls.items():
         once[name] = _clock(call, 1, device)
         if once[name] < WARM_UP:
             once[name] = min(_clock(call, 1, device) for _ in range(2))
     repeats = {name: max(1, round(SAMPLE / max(t, 1e-7))) for name, t in once.items()}
-    few = {name for name, t in once.items() if t > min(1.0, 10 * min(once.values()))}
+    slow = min(1.0, 10 * min(once[name] for name in (calls.keys() - beside.keys() or calls)))
+    few = {name for name, t in once.items() if t > slow and name not in beside}
     for turn in range(rounds):
         for name, call in calls.items():
             if name in few and turn >= 3:
@@ -126,24 +130,43 @@ class Work:
     fmas: float
     exps: float
 
+    def amount(self, limit: str) -> float:
+        return {"bytes": self.bytes, "FMA": self.fmas, "exp": self.exps}[limit]
+
+
+class Probes:
+    """What ceilings are measured by: copying out of cache, an SGEMM for the FMA rate, and the exp in cache: torch's or on a
+    CPU, if it is faster, that of our kernels on each thread."""
+
+    def __init__(self, device: str) -> None:
+        n = 2**26 if device == "cuda" else 2**24
+        source = torch.rand(n, device=device)
+        target = torch.empty_like(source)
+        side = 8192 if device == "cuda" else 1536
+        a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
+        x = torch.rand(2**22 if device == "cuda" else 2**17, device=device)
+        y = torch.empty_like(x)
+        self.calls = {"bytes": lambda: target.copy_(source), "FMA": lambda: torch.mm(a, b), "exp": lambda: torch.exp(x, out=y)}
+        self.amounts = {"bytes": 8 * n, "FMA": side**3, "exp": x.numel()}
+        if device == "cpu" and native.cpp:
+            few = np.linspace(-8, 0, 2**13, dtype=np.float32)
+            self.calls["our exp"] = lambda: native.cpp.exp(few)
+            self.amounts["our exp"] = torch.get_num_threads() * few.size
+        for call in self.calls.values():
+            call()
+
+    def of(self, limit: str) -> dict[str, Callable[[], object]]:
+        """The calls that measure one ceiling, "bytes", "FMA" or "exp"."""
+        return {name: call for name, call in self.calls.items() if name.endswith(limit)}
+
+    def rate(self, limit: str, seconds: dict[str, float]) -> float:
+        """That ceiling, from the seconds that its calls took."""
+        return max(self.amounts[name] / seconds[name] for name in self.of(limit))
+
 
 def measure_ceilings(device: str) -> Ceilings:
-    """Copy bandwidth out of cache, an SGEMM for the FMA rate, and the exp in cache: torch's or on a CPU, if it is faster,
-    that of our kernels on each thread."""
-    n = 2**26 if device == "cuda" else 2**24
-    source = torch.rand(n, device=device)
-    target = torch.empty_like(source)
-    side = 8192 if device == "cuda" else 1536
-    a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
-    x = torch.rand(2**22 if device == "cuda" else 2**17, device=device)
-    y, number = torch.empty_like(x), torch.ones((), device=device, requires_grad=True)
-    calls = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b), "exp": lambda: torch.exp(x, out=y),
-             "tape": lambda: torch.autograd.grad(number * number, number)}
-    if device == "cpu" and native.cpp:
-        few = np.linspace(-8, 0, 2**13, dtype=np.float32)
-        calls["our exp"] = lambda: native.cpp.exp(few)
-    times = time_calls(calls, device, rounds=9)
-    exps = x.numel() / times["exp"].low
-    if "our exp" in times:
-        exps = max(exps, torch.get_num_threads() * few.size / times["our exp"].low)
-    return Ceilings(8 * n / times["copy"].low, side**3 / times["gemm"].low, exps, times["tape"].low)
+    """The ceilings at this moment."""
+    probes, number = Probes(device), torch.ones((), device=device, requires_grad=True)
+    times = time_calls(probes.calls | {"tape": lambda: torch.autograd.grad(number * number, number)}, device)
+    low = {name: timing.low for name, timing in times.items()}
+    return Ceilings(*(probes.rate(limit, low) for limit in ("bytes", "FMA", "exp")), low["tape"])

@@ -11,7 +11,7 @@ from latent_engine.bench.__main__ import main
 from latent_engine.bench.report import ratio, seconds
 from latent_engine.bench.suite import OURS, run_case
 from latent_engine.bench.table import markdown
-from latent_engine.bench.timing import Ceilings, Work, peak_memory, time_calls
+from latent_engine.bench.timing import Ceilings, Probes, Work, peak_memory, time_calls
 from latent_engine.system import Batch
 
 CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9, tape=1e-5)
@@ -37,6 +37,15 @@ def test_wrong_values_are_not_timed():
     result = run_case(wrong, "dgd-step", False, "cpu", CEILINGS, compiled=False)
     assert "wrong" not in result.timings and result.skipped["wrong"].startswith("wrong values: relative error")
     assert ratio(result) > 0
+
+
+def test_a_ceiling_is_the_most_that_its_probes_reach():
+    probes = Probes("cpu")
+    assert "exp" in probes.of("exp") and probes.of("FMA").keys() == {"FMA"}
+    for fastest in probes.of("exp"):
+        seconds = {name: 1e-3 if name == fastest else 1.0 for name in probes.calls}
+        assert probes.rate("exp", seconds) == probes.amounts[fastest] / 1e-3
+        assert Work(0, 0, 5).amount("exp") / probes.rate("exp", seconds) == pytest.approx(5e-3 / probes.amounts[fastest])
 
 
 @pytest.mark.parametrize("preset", training_steps.OBJECTIVES)
