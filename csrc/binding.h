@@ -9,8 +9,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -27,28 +25,16 @@ constexpr int64_t kMaxTasks = 32;
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// Tasks that one thread begins with; others take from them what it has not begun when theirs are done.
-struct alignas(64) TaskShare {
-  std::atomic<int64_t> next{0};
-  int64_t end = 0;
-};
-
 // Runs task(i) for i < n: in parallel if there is more than one. What a task computes must not depend on which thread runs it.
-// Each thread has a stretch of tasks, as in the call before it, so that what lies in its caches serves again; a core that
-// others use as well, or a slower one, holds up the rest by one task at most.
 template <class F>
 void for_each_task(int64_t n, const F& task) {
-  if (n == 1) return task(0);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n);
-  std::vector<TaskShare> shares(threads);
-  for (int64_t t = 0; t < threads; ++t) shares[t].next = t * n / threads, shares[t].end = (t + 1) * n / threads;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t k = 0; k < threads; ++k) {
-        TaskShare& share = shares[(t + k) % threads];
-        for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i);
-      }
-  });
+  const auto range = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) task(i);
+  };
+  if (n > 1)
+    torch::stable::parallel_for(0, n, 1, range);
+  else
+    range(0, n);
 }
 
 // Tasks that `work` multiplications are worth: a power of two, which threads share evenly.
