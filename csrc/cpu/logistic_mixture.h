@@ -33,7 +33,7 @@ struct LogisticMixtureBackward {
   int64_t grad_stride;
   const T* stats;  // [images, 3, P]
   T* dparams;      // [images, rows · K, P]
-  bool past_cache; // dparams is too large for the caches, aligned, and its rows are whole groups
+  bool past_cache;  // dparams is too large for the caches, aligned, and its rows are whole groups
 };
 
 // Parts [first, last) of images · parts.
