@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
 constexpr int64_t kColumnWork = 3 * kExp;
-constexpr int64_t kGramRows = 16;     // rows of a Gram matrix that one reading of the features serves
+constexpr int64_t kGramRows = 256;    // rows of the batch of a Gram matrix, at least
 constexpr int64_t kMomentRows = 128;  // rows of the batch of a task, at least
 
 template <class T>
@@ -182,25 +182,17 @@ void row_means(const PairwiseKlMean<T>& p) {
 template <class T>
 double gram_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
-  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8), rows = round_up(N, 8), size = rows * width;
-  Arena<double> arena(Scratch::launch, size, size, rows, rows, width * width, width * width, D, width, width, width, width,
-                      width);
-  PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width};
-  p.a = arena.take(size), p.b = arena.take(size), p.row = arena.take(rows), p.column = arena.take(rows);
-  p.gram_a = arena.take(width * width), p.gram_b = arena.take(width * width);
-  p.level = arena.take(D), p.a_mean = arena.take(width), p.b_mean = arena.take(width), p.inner = arena.take(width);
-  p.row_a = arena.take(width), p.column_b = arena.take(width);
-  for (double* const padding : {p.a, p.b}) std::fill_n(padding + N * width, (rows - N) * width, 0.0);
-  for (double* const padding : {p.row, p.column}) std::fill_n(padding + N, rows - N, 0.0);
+  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8);
+  const int64_t rows = std::max({kGramRows, width, ceil_div(N, kMaxTasks)}), parts = ceil_div(N, rows);
+  Arena<double> arena(Scratch::launch, parts * GramSums::size(width), D, width, width, width);
+  PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width, rows, parts};
+  p.sums = arena.take(parts * GramSums::size(width)), p.level = arena.take(D);
+  p.a_mean = arena.take(width), p.b_mean = arena.take(width), p.inner = arena.take(width);
   const double mean = ops<T>().gram_means(p, means.sums);
-  in_parts(N, (2 * kExp + 16) * D, [&](int64_t first, int64_t last) { ops<T>().gram_features(p, first, last); });
-  const int64_t parts = ceil_div(width, kGramRows);
-  in_parts(parts, 2 * kGramRows * N * width, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t part = i % 2 ? parts - 1 - i / 2 : i / 2;  // in turn of those that have the longest and shortest rows
-      ops<T>().gram_products(p, kGramRows * part, std::min(width, kGramRows * (part + 1)));
-    }
+  in_parts(parts, rows * width * width, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) ops<T>().gram_part(p, part);
   });
+  in_parts(width / 8, 8 * parts * width, [&](int64_t first, int64_t last) { ops<T>().gram_sums(p, 8 * first, 8 * last); });
   const double pairs = static_cast<double>(N) * (N - 1), total = ops<T>().gram_total(p, mean);
   if (need_grad) {
     p.mean = -mean / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));

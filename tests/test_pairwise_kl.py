@@ -231,7 +231,7 @@ def test_avx2_and_avx512_agree_bit_for_bit():
 
 def test_blocks_of_rows_and_splits_of_columns():
     """More rows than a block, few dimensions and not so few: agrees with float64."""
-    for N, D in ((1500, 1), (300, 90)):
+    for N, D in ((1500, 1), (300, 90), (1001, 70)):
         inputs = posteriors(N, D)
         found = run(inputs, torch.ones(D), None)
         for name, e in run([t.double() for t in inputs], torch.ones(D, dtype=torch.float64), "reference").items():

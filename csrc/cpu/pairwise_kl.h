@@ -82,16 +82,28 @@ struct PairwiseKlGram {
   const T* centre;                   // [D]
   bool need_gradients;
   int64_t width;                     // 2D, padded to whole groups
-  double *a, *b;                     // [N padded to fours][width], centred
+  int64_t rows, parts;               // of a part of the batch; of them
+  double* sums;                      // [parts][GramSums::size(width)]
   double *level;                     // [D]: log σ² of the first row
   double *a_mean, *b_mean;           // [width]
   double r_mean, c_mean;             // of r and of c + D, with log σ² against `level`
-  double *row, *column;              // [N padded to groups]: ρ and γ
-  double *gram_a, *gram_b;           // [width][width]
-  double *row_a, *column_b;          // [width]: Σ ρ ã, Σ γ b̃
   double *inner;                     // [width]: parts of the inner product of the Gram matrices
   double mean, unit;                 // of 2 KL − T over all pairs; factor of the gradients
   T *dmu, *dlog_var;                 // [N][D]
+};
+
+// Sums over a part of the rows.
+struct GramSums {
+  double *gram_a, *gram_b;   // [width][width]: Σ ã ãᵀ, Σ b̃ b̃ᵀ
+  double *row_a, *column_b;  // [width]: Σ ρ ã, Σ γ b̃
+  double* squares;           // [1]: Σ (ρ² + γ²)
+
+  static int64_t size(int64_t width) { return 2 * width * (width + 1) + 8; }
+
+  template <class T>
+  GramSums(const PairwiseKlGram<T>& p, int64_t part)
+      : gram_a(p.sums + part * size(p.width)), gram_b(gram_a + p.width * p.width), row_a(gram_b + p.width * p.width),
+        column_b(row_a + p.width), squares(column_b + p.width) {}
 };
 
 template <class T>
@@ -116,8 +128,8 @@ struct PairwiseKlKernels {
   void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions
 
   double (*gram_means)(PairwiseKlGram<T>&, const double* sums);
-  void (*gram_features)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of rows
-  void (*gram_products)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole groups
+  void (*gram_part)(const PairwiseKlGram<T>&, int64_t part);
+  void (*gram_sums)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole groups
   double (*gram_total)(const PairwiseKlGram<T>&, double mean);
   void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of fours of rows
 };

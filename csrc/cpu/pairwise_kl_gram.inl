@@ -8,7 +8,7 @@
 // Only the last term, (N − 1) T², cancels, and where N ≥ 4 D + 8 it is at most 2/3 of the others: the deviations are X − T
 // plus T on the diagonal, the first of rank 2 D + 3 at most, so their squares sum to T² (N − 2 D − 3) or more.
 
-constexpr int64_t kProductDepth = 256;  // rows of the right factor that stay in the L2 cache
+constexpr int64_t kGramDepth = 64;  // rows whose features stay near while both matrices take them
 
 // out[4][vectors] += Σ_k left[k·left_k + t·left_t] right[k][…].
 template <int vectors>
@@ -44,6 +44,8 @@ static inline double gram_dot(const double* x, const double* y, int64_t width) {
   return sum_groups<double>(width, [&](int64_t k) { return load(x + k) * load(y + k); });
 }
 
+static inline int64_t gram_group(int64_t k) { return k / kGroup<double> * kGroup<double>; }
+
 // The means of the features, and of the row and column terms, from sums about the centre; κ.
 template <class T>
 static double gram_means(PairwiseKlGram<T>& p, const double* sums) {
@@ -62,81 +64,93 @@ static double gram_means(PairwiseKlGram<T>& p, const double* sums) {
   return gram_dot(p.a_mean, p.b_mean, p.width) + (square - D);
 }
 
-// Rows [first, last) of the centred features; ρ and γ.
+// The centred features of row n; ρ and γ.
 template <class T>
-static void gram_features(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
+static void gram_features(const PairwiseKlGram<T>& p, int64_t n, double* a, double* b, double& row_term, double& column_term) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   const int64_t D = p.batch.D;
   CentredRow<T> row;
-  for (int64_t n = first; n < last; ++n) {
-    double *const a = p.a + n * p.width, *const b = p.b + n * p.width;
-    Vec<double> rho[registers] = {}, gamma[registers] = {};
-    for (int64_t d0 = 0; d0 < D; d0 += kMomentColumns) {
-      const int64_t count = std::min(kMomentColumns, D - d0);
-      row.read(p.batch, n, d0, count, p.centre + d0);
-      for (int64_t k = 0; k < count; k += kLanes<double>) {
-        const int64_t d = d0 + k, left = count - k;
-        const auto mean = [&](const double* means) { return load_lanes(means + d, left); };
-        const Vec<double> m = load_as<double>(row.mu + k), v = load_as<double>(row.var + k), w = load_as<double>(row.inverse + k);
-        const Vec<double> a1_mean = mean(p.a_mean), a2_mean = mean(p.a_mean + D);
-        const Vec<double> b1_mean = mean(p.b_mean), b2_mean = mean(p.b_mean + D);
-        const Vec<double> a1 = v + m * m - a1_mean, a2 = m - a2_mean, b1 = w - b1_mean, b2 = -2 * m * w - b2_mean;
-        store_lanes(a + d, left, a1), store_lanes(a + D + d, left, a2);
-        store_lanes(b + d, left, b1), store_lanes(b + D + d, left, b2);
-        const Vec<double> level = load_as<double>(row.log_var + k) - mean(p.level);
-        const int r = k / kLanes<double> % registers;
-        rho[r] += a1 * b1_mean + a2 * b2_mean - level, gamma[r] += a1_mean * b1 + a2_mean * b2 + (level + m * m * w);
-      }
+  Vec<double> rho[registers] = {}, gamma[registers] = {};
+  for (int64_t d0 = 0; d0 < D; d0 += kMomentColumns) {
+    const int64_t count = std::min(kMomentColumns, D - d0);
+    row.read(p.batch, n, d0, count, p.centre + d0);
+    for (int64_t k = 0; k < count; k += kLanes<double>) {
+      const int64_t d = d0 + k, left = count - k;
+      const auto mean = [&](const double* means) { return load_lanes(means + d, left); };
+      const Vec<double> m = load_as<double>(row.mu + k), v = load_as<double>(row.var + k), w = load_as<double>(row.inverse + k);
+      const Vec<double> a1_mean = mean(p.a_mean), a2_mean = mean(p.a_mean + D);
+      const Vec<double> b1_mean = mean(p.b_mean), b2_mean = mean(p.b_mean + D);
+      const Vec<double> a1 = v + m * m - a1_mean, a2 = m - a2_mean, b1 = w - b1_mean, b2 = -2 * m * w - b2_mean;
+      store_lanes(a + d, left, a1), store_lanes(a + D + d, left, a2);
+      store_lanes(b + d, left, b1), store_lanes(b + D + d, left, b2);
+      const Vec<double> level = load_as<double>(row.log_var + k) - mean(p.level);
+      const int r = k / kLanes<double> % registers;
+      rho[r] += a1 * b1_mean + a2 * b2_mean - level, gamma[r] += a1_mean * b1 + a2_mean * b2 + (level + m * m * w);
     }
-    std::fill(a + 2 * D, a + p.width, 0.0);
-    std::fill(b + 2 * D, b + p.width, 0.0);
-    p.row[n] = sum_lanes<double>(rho) - p.r_mean;
-    p.column[n] = sum_lanes<double>(gamma) - p.c_mean;
   }
+  std::fill(a + 2 * D, a + p.width, 0.0);
+  std::fill(b + 2 * D, b + p.width, 0.0);
+  row_term = sum_lanes<double>(rho) - p.r_mean;
+  column_term = sum_lanes<double>(gamma) - p.c_mean;
 }
 
-// out += Σ_n weights_n x_n over columns [first, last) of x[rows][width].
-static void gram_columns(const double* x, const double* weights, int64_t rows, int64_t width, double* out, int64_t first,
-                         int64_t last) {
-  for (int64_t n = 0; n < rows; ++n)
-    for (int64_t k = first; k < last; ++k) out[k] += weights[n] * x[n * width + k];
-}
-
-// Rows [first, last) of both Gram matrices, whole groups, from the diagonal group on, and their part of the inner product
-// of the matrices. For gradients they are mirrored below the diagonal, and the features added up with ρ and γ as weights.
+// The sums over a part of the rows: of both Gram matrices from the diagonal group of each row on, of ρ² + γ², and for
+// gradients of the features with ρ and γ as weights.
 template <class T>
-static void gram_products(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
-  const int64_t N = p.batch.N, width = p.width;
-  const auto group = [](int64_t k) { return k / kGroup<double> * kGroup<double>; };
-  const auto product = [&](const double* x, double* gram, const double* weights, double* sums) {
-    for (int64_t k = first; k < last; ++k) std::fill(gram + k * width + group(k), gram + (k + 1) * width, 0.0);
-    std::fill(sums + first, sums + last, 0.0);
-    for (int64_t n = 0; n < N; n += kProductDepth) {
-      const int64_t depth = std::min(kProductDepth, N - n);
-      for (int64_t k = first; k < last; k += 4) {
-        const int64_t q = group(k);
-        product_rows(x + n * width + k, width, 1, x + n * width + q, width, depth, gram + k * width + q, width, width - q);
-      }
-      if (p.need_gradients) gram_columns(x + n * width, weights + n, depth, width, sums, first, last);
+static void gram_part(const PairwiseKlGram<T>& p, int64_t part) {
+  const int64_t width = p.width, end = std::min(p.batch.N, (part + 1) * p.rows);
+  const int64_t stride = width | kGroup<double>;  // an odd number of cache lines, so that rows fall into different sets
+  const GramSums sums(p, part);
+  std::fill_n(sums.gram_a, GramSums::size(width), 0.0);
+  Arena<double> arena(Scratch::task, kGramDepth * stride, kGramDepth * stride, kGramDepth, kGramDepth);
+  double *const a = arena.take(kGramDepth * stride), *const b = arena.take(kGramDepth * stride);
+  double *const row = arena.take(kGramDepth), *const column = arena.take(kGramDepth);
+  for (int64_t n0 = part * p.rows; n0 < end; n0 += kGramDepth) {
+    const int64_t depth = std::min(kGramDepth, end - n0);
+    for (int64_t n = 0; n < depth; ++n) gram_features(p, n0 + n, a + n * stride, b + n * stride, row[n], column[n]);
+    for (int64_t k = 0; k < width; k += 4) {
+      const int64_t q = gram_group(k);
+      product_rows(a + k, stride, 1, a + q, stride, depth, sums.gram_a + k * width + q, width, width - q);
+      product_rows(b + k, stride, 1, b + q, stride, depth, sums.gram_b + k * width + q, width, width - q);
     }
-    for (int64_t q = p.need_gradients ? first : width; q < width; ++q)
-      for (int64_t k = first; k < std::min(last, group(q)); ++k) gram[q * width + k] = gram[k * width + q];
-  };
-  product(p.a, p.gram_a, p.row, p.row_a);
-  product(p.b, p.gram_b, p.column, p.column_b);
-  for (int64_t k = first; k < last; ++k) {
-    const int64_t after = group(k) + kGroup<double>;
-    const double *const a = p.gram_a + k * width, *const b = p.gram_b + k * width;
-    p.inner[k] = gram_dot(a + group(k), b + group(k), kGroup<double>) + 2 * gram_dot(a + after, b + after, width - after);
+    for (int64_t n = 0; n < depth; ++n) *sums.squares += row[n] * row[n] + column[n] * column[n];
+    for (int64_t n = 0; n < (p.need_gradients ? depth : 0); ++n)
+      for (int64_t k = 0, at = n * stride; k < width; ++k, ++at)
+        sums.row_a[k] += row[n] * a[at], sums.column_b[k] += column[n] * b[at];
   }
+}
+
+// Rows [first, last) of the sums over all parts, which take the place of the first part's; their part of the inner product of
+// the Gram matrices. For gradients these are mirrored below the diagonal.
+template <class T>
+static void gram_sums(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
+  const int64_t width = p.width;
+  const GramSums all(p, 0);
+  for (int64_t part = 1; part < p.parts; ++part) {
+    const GramSums sums(p, part);
+    for (int64_t k = first; k < last; ++k) {
+      all.row_a[k] += sums.row_a[k], all.column_b[k] += sums.column_b[k];
+      for (int64_t i = k * width + gram_group(k); i < (k + 1) * width; ++i)
+        all.gram_a[i] += sums.gram_a[i], all.gram_b[i] += sums.gram_b[i];
+    }
+  }
+  for (int64_t k = first; k < last; ++k) {
+    const int64_t group = gram_group(k), after = group + kGroup<double>;
+    const double *const a = all.gram_a + k * width, *const b = all.gram_b + k * width;
+    p.inner[k] = gram_dot(a + group, b + group, kGroup<double>) + 2 * gram_dot(a + after, b + after, width - after);
+  }
+  for (double* const gram : {all.gram_a, all.gram_b})
+    for (int64_t q = p.need_gradients ? gram_group(first) : width; q < width; ++q)
+      for (int64_t k = first; k < std::min(last, gram_group(q)); ++k) gram[q * width + k] = gram[k * width + q];
 }
 
 // Σ (X_ij − T)² over the pairs, of which `mean` is κ.
 template <class T>
 static double gram_total(const PairwiseKlGram<T>& p, double mean) {
-  const int64_t N = p.batch.N, rows = round_up(N, kGroup<double>);
+  const int64_t N = p.batch.N;
   const double inner = sum_groups<double>(p.width, [&](int64_t k) { return load(p.inner + k); });
-  const double squares = gram_dot(p.row, p.row, rows) + gram_dot(p.column, p.column, rows);
+  double squares = 0;
+  for (int64_t part = 0; part < p.parts; ++part) squares += *GramSums(p, part).squares;
   return std::max(inner + N * (squares - mean * mean * N / (N - 1)), 0.0);
 }
 
@@ -145,20 +159,27 @@ static double gram_total(const PairwiseKlGram<T>& p, double mean) {
 template <class T>
 static void gram_gradient(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
   const int64_t N = p.batch.N, D = p.batch.D, width = p.width;
-  Arena<double> arena(Scratch::task, 4 * width, 4 * width);
+  const GramSums sums(p, 0);
+  Arena<double> arena(Scratch::task, 4 * width, 4 * width, 4 * width, 4 * width);
+  double *const features_a = arena.take(4 * width), *const features_b = arena.take(4 * width);
   double *const by_a = arena.take(4 * width), *const by_b = arena.take(4 * width);
+  double row_terms[4], column_terms[4];
   CentredRow<T> row;
   for (int64_t n0 = 4 * first; n0 < std::min(N, 4 * last); n0 += 4) {
+    const int64_t rows = std::min<int64_t>(N - n0, 4);
+    for (int64_t t = 0; t < 4; ++t)  // a short four repeats its last row
+      gram_features(p, n0 + std::min(t, rows - 1), features_a + t * width, features_b + t * width, row_terms[t], column_terms[t]);
     std::fill_n(by_a, 4 * width, 0.0);
     std::fill_n(by_b, 4 * width, 0.0);
-    product_rows(p.a + n0 * width, 1, width, p.gram_b, width, width, by_a, width, width);
-    product_rows(p.b + n0 * width, 1, width, p.gram_a, width, width, by_b, width, width);
-    for (int64_t n = n0; n < std::min(N, n0 + 4); ++n) {
-      const double of_r = N * (p.mean + p.row[n]), of_c = N * (p.mean + p.column[n]);
-      double *const a = by_a + (n - n0) * width, *const b = by_b + (n - n0) * width;
+    product_rows(features_a, 1, width, sums.gram_b, width, width, by_a, width, width);
+    product_rows(features_b, 1, width, sums.gram_a, width, width, by_b, width, width);
+    for (int64_t t = 0; t < rows; ++t) {
+      const int64_t n = n0 + t;
+      const double of_r = N * (p.mean + row_terms[t]), of_c = N * (p.mean + column_terms[t]);
+      double *const a = by_a + t * width, *const b = by_b + t * width;
       for (int64_t k = 0; k < width; ++k) {
-        a[k] += of_r * p.b_mean[k] + p.column_b[k];
-        b[k] += of_c * p.a_mean[k] + p.row_a[k];
+        a[k] += of_r * p.b_mean[k] + sums.column_b[k];
+        b[k] += of_c * p.a_mean[k] + sums.row_a[k];
       }
       for (int64_t d = 0; d < D; d += kMomentColumns) {
         const int64_t count = std::min(kMomentColumns, D - d);
@@ -192,8 +213,8 @@ static constexpr PairwiseKlKernels<T> pairwise_kl_kernels() {
           pair_turn<T>,
           pair_direct_gradient<T>,
           gram_means<T>,
-          gram_features<T>,
-          gram_products<T>,
+          gram_part<T>,
+          gram_sums<T>,
           gram_total<T>,
           gram_gradient<T>};
 }
