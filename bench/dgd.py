@@ -22,13 +22,13 @@ BATCH, COMPONENTS, STEPS = 32, 20, 40
 def our_steps(x: torch.Tensor) -> Callable[[], None]:
     """STEPS optimizer steps of the engine's DGD, as its trainer takes them."""
     system = DGD(DGDConfig(components=COMPONENTS), len(x), x.shape[1:])
-    optimizers = make_optimizers(system, system.phases())
+    optimizers = set(make_optimizers(system, system.phases()).values())
     order = batch_order(len(x), BATCH, 0, 1)[:STEPS]
 
     def run() -> None:
         for index in order:
             system.loss(Batch(x[index], index))["total"].backward()
-            for optimizer in optimizers.values():
+            for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 

@@ -191,11 +191,11 @@ def our_loss(system: System, batch: Batch) -> Tensor:
 
 def step(loss: Callable[[System, Any], Tensor], system: System, batch: Batch | Tensor) -> Callable[[], None]:
     """A training step as the trainer takes it."""
-    optimizers = make_optimizers(system, system.phases())
+    optimizers = set(make_optimizers(system, system.phases()).values())
 
     def run() -> None:
         loss(system, batch).backward()
-        for optimizer in optimizers.values():
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 

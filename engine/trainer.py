@@ -1,4 +1,4 @@
-"""The training loop: phases, one optimizer a child, averaged weights, validation, records, checkpoints and resume.
+"""The training loop: phases, their optimizers, averaged weights, validation, records, checkpoints and resume.
 
 The order of the rows is a pure function of (seed, epoch), and the random generators are seeded anew at each optimizer
 step: a run that was interrupted continues from its last checkpoint to the same bits as one that was not (on CPU, with
@@ -257,6 +257,7 @@ class _Loop:
         self.batches_per_step = max(phase.repeat for phase in phases)
         self.steps_per_epoch = math.ceil(math.ceil(self.n / config.batch_size) / self.batches_per_step)
         self.has_players = len(phases) > 1
+        self.trained = {child: [p for p in system.get_submodule(child).parameters() if p.requires_grad] for child in optimizers}
 
     def epoch(self, epoch: int, step: int, losses: list[float], tick: Callable[[], None]) -> dict[str, float]:
         """What `System.summarize` makes of the means of the loss terms over the rows that a phase has seen.
@@ -281,7 +282,7 @@ class _Loop:
             self.system.after_step(step)
             self.average.update()
             tick()
-        for optimizer in self.optimizers.values():
+        for optimizer in distinct(self.optimizers, self.optimizers):
             if isinstance(optimizer, RowOptimizer):
                 optimizer.end_epoch()
         self.system.after_epoch(epoch)
@@ -298,9 +299,9 @@ class _Loop:
         terms["total"].backward()
         if self.config.clip_norm is not None:
             self._clip(phase)
-        for child in phase.updates:
-            self.optimizers[child].step()
-            self.optimizers[child].zero_grad()
+        for optimizer in distinct(self.optimizers, phase.updates):
+            optimizer.step()
+            optimizer.zero_grad()
         return terms
 
     def _clip(self, phase: Phase) -> None:
@@ -325,7 +326,7 @@ class _Loop:
                     group["lr"] = getattr(self.system.config.optim, child).lr * factor
 
     def _params(self, children: Iterable[str]) -> Iterator[Tensor]:
-        return (p for child in children for group in self.optimizers[child].param_groups for p in group["params"])
+        return (param for child in children for param in self.trained[child])
 
     def free(self, children: Iterable[str]) -> None:
         """Lets gradients reach `children` and no other child that has an optimizer."""
@@ -335,8 +336,11 @@ class _Loop:
 
 
 def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torch.optim.Optimizer]:
-    """The optimizer of each child that a phase updates, from `system.config.optim.<child>`."""
-    optimizers = {}
+    """The optimizer of each child that a phase updates, from `system.config.optim.<child>`.
+
+    Children of equal settings that the same phases update share one: each further one would add 50 to 100 µs to a step.
+    """
+    groups: dict[object, tuple[OptimizerConfig, list[str], list[Tensor]]] = {}
     for child in dict.fromkeys(name for phase in phases for name in phase.updates):
         settings = getattr(system.config.optim, child, None)
         if settings is None:
@@ -349,9 +353,17 @@ def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torc
             fitting = [name for name in OPTIMIZERS if name.startswith("row_") == in_rows]
             raise ValueError(f"optim.{child}.name must be {' or '.join(fitting)}, for the gradients of {child!r} are "
                              f"{'those of rows' if in_rows else 'dense'}; given {settings.name!r}.")
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizers[child] = OPTIMIZERS[settings.name](trainable, settings)
-    return optimizers
+        kind = settings, tuple(child in phase.updates for phase in phases)
+        _, children, params = groups.setdefault(kind, (settings, [], []))
+        children.append(child)
+        params.extend(p for p in module.parameters() if p.requires_grad)
+    return {child: optimizer for settings, children, params in groups.values()
+            for optimizer in [OPTIMIZERS[settings.name](params, settings)] for child in children}
+
+
+def distinct(optimizers: dict[str, torch.optim.Optimizer], children: Iterable[str]) -> list[torch.optim.Optimizer]:
+    """The optimizers of `children`, each once."""
+    return list(dict.fromkeys(optimizers[child] for child in children))
 
 
 def identity(data: Data) -> dict[str, object]:

@@ -366,10 +366,10 @@ def test_a_dgd_that_catches_up_is_one_with_a_dense_optimizer(data):
     sparse, other = new().double(), new(name="adam").double()
     other.latents = DenseTable(other.latents.h.detach().clone())
     for system in (sparse, other):
-        optimizers = make_optimizers(system, system.phases())
+        optimizers = set(make_optimizers(system, system.phases()).values())
         for index in batch_order(50, 8, 0, 1) + batch_order(50, 8, 0, 2):
             system.loss(Batch(data.x[index].double(), index))["total"].backward()
-            for optimizer in optimizers.values():
+            for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
     torch.testing.assert_close(sparse.latents.z, other.latents.h.detach(), rtol=1e-9, atol=1e-9)

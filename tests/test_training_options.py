@@ -174,6 +174,18 @@ def test_a_phase_begins_with_its_first_stage():
     assert np.allclose(points(system), [[near], [far]], rtol=1e-5)
 
 
+def test_children_share_an_optimizer_where_settings_and_phases_are_the_same():
+    def sharing(near, far, phases):
+        found = make_optimizers(Centers(CentersConfig(optim=CentersOptim(near, far))), phases)
+        return found["near"] is found["far"]
+
+    both, first, second = (Phase(name, children) for name, children in (
+        ("both", ("near", "far")), ("first", ("near",)), ("second", ("far",))))
+    assert sharing(SGD, SGD, (both,))
+    assert not sharing(SGD, replace(SGD, lr=0.2), (both,))
+    assert not sharing(SGD, SGD, (first, second)) and not sharing(SGD, SGD, (both, second))
+
+
 def test_eps_of_adam():
     """The first step of Adam is lr · g / (|g| + eps)."""
     data, adam = rows(4), OptimizerConfig("adam", lr=0.1, eps=0.5)
