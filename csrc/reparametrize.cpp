@@ -2,6 +2,7 @@
 // kernels/reparametrize.py.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -90,6 +91,22 @@ std::tuple<Tensor, Tensor> reparametrize_fwd(const Tensor& mean, const Tensor& l
   return (mean.scalar_type() == ScalarType::Double ? forward<double> : forward<float>)(mean, log_var, noise);
 }
 
+// A key of 63 bits from the default generator, as noise_keys() draws it.
+Tensor draw_key() {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &handle));
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(Tensor(handle)), torch::stable::detail::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> reparametrize_drawn_fwd(const Tensor& mean, const Tensor& log_var) {
+  const Tensor key = draw_key();
+  const auto [z, kl] = reparametrize_fwd(mean, log_var, key);
+  return {z, kl, key};
+}
+
 std::tuple<Tensor, Tensor> reparametrize_bwd(const std::optional<Tensor>& grad_z, const std::optional<Tensor>& grad_kl,
                                              const Tensor& mean, const Tensor& log_var, const Tensor& noise, bool need_mean,
                                              bool need_log_var) {
@@ -99,6 +116,7 @@ std::tuple<Tensor, Tensor> reparametrize_bwd(const std::optional<Tensor>& grad_z
 
 STABLE_TORCH_LIBRARY_IMPL(latent_engine, CPU, m) {
   m.impl("reparametrize_fwd", TORCH_BOX(&reparametrize_fwd));
+  m.impl("reparametrize_drawn_fwd", TORCH_BOX(&reparametrize_drawn_fwd));
   m.impl("reparametrize_bwd", TORCH_BOX(&reparametrize_bwd));
 }
 

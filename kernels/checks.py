@@ -6,6 +6,7 @@ from torch import Tensor
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
 _WORKING = frozenset(FULL)  # has no == to ask of a dtype of NumPy
+_is_autocast = torch._C._is_any_autocast_enabled
 
 
 def checked_floats(op: str, like: str, **tensors: Tensor) -> tuple[Tensor, ...]:
@@ -28,11 +29,13 @@ def are_alike(tensors: tuple[Tensor, ...]) -> bool:
     What is cheap to run in here counts: between the layers of a network little of Python is left in the caches.
     """
     try:
-        kinds = [(t.dtype, t.device) for t in tensors]
+        dtype, device = tensors[0].dtype, tensors[0].device
+        for t in tensors[1:]:
+            if t.dtype is not dtype or t.device != device:
+                return False
     except AttributeError:
         return False
-    first = kinds[0]
-    return kinds.count(first) == len(kinds) and first[0] in _WORKING and not torch._C._is_any_autocast_enabled()
+    return dtype in _WORKING and not _is_autocast()
 
 
 def _working_precision(op: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

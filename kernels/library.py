@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 NAMESPACE = "latent_engine"
+# Asked for at every call: by these names, since little of Python is left in the caches between the layers of a network.
+is_compiling, is_transformed = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _library = torch.library.Library(NAMESPACE, "DEF")
 # The interpreter runs Triton kernels on CPU tensors.
 _TRITON_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
@@ -29,14 +31,15 @@ class Primitive:
         name: name of the primitive, and of the function in that file.
         signature: the schema after the name; functional, fresh outputs.
         fake: shapes and dtypes of the outputs from those of the inputs.
+        tags: what passes over graphs must know of it.
     """
 
-    def __init__(self, module: str, name: str, signature: str, fake: Callable) -> None:
+    def __init__(self, module: str, name: str, signature: str, fake: Callable, tags: Sequence[torch.Tag] = ()) -> None:
         def run_triton(*args: object) -> object:
             return getattr(importlib.import_module(f"{__package__}.triton.{module}"), name)(*args)
 
-        self.compiled = self._define(name, signature, fake)
-        self.triton = self._define(f"triton_{name}", signature, fake)
+        self.compiled = self._define(name, signature, fake, tags)
+        self.triton = self._define(f"triton_{name}", signature, fake, tags)
         for key in _TRITON_KEYS:
             _library.impl(f"triton_{name}", run_triton, key)
 
@@ -44,8 +47,8 @@ class Primitive:
         return (self.triton if backend == "triton" else self.compiled)(*args)
 
     @staticmethod
-    def _define(name: str, signature: str, fake: Callable) -> OpOverload:
-        _library.define(name + signature)
+    def _define(name: str, signature: str, fake: Callable, tags: Sequence[torch.Tag]) -> OpOverload:
+        _library.define(name + signature, tags=tags)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -70,38 +73,48 @@ class Differentiable:
         self._triton = self._wire(forward.triton, backward and backward.triton, save, gradients, vmap)
 
     def __call__(self, backend: str, *args: object) -> Any:
-        op, function, apply = self._triton if backend == "triton" else self._compiled
-        if torch.compiler.is_compiling():
+        op, run, apply_transformed, apply = self._triton if backend == "triton" else self._compiled
+        if is_compiling():
             return op(*args)
-        if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+        if is_transformed():
+            return apply_transformed(*args)
+        return apply(*args) if torch.is_grad_enabled() else run(*args)
 
     @staticmethod
     def _wire(forward_op: OpOverload, backward_op: OpOverload | None, save: Callable, gradients: Callable,
-              batch: Callable | None) -> tuple[OpOverload, type[torch.autograd.Function], Callable]:
+              batch: Callable | None) -> tuple[OpOverload, Callable, Callable, Callable]:
+        """The op as compiled graphs hold it, without autograd, under transforms of torch.func, and eager."""
         def backward_(ctx, *grads):
             return gradients(ctx, backward_op, *grads)
 
-        class Function(torch.autograd.Function):
+        def run(*args):
+            with torch._C._AutoDispatchBelowAutograd():  # autograd is that of the Functions
+                return forward_op(*args)
+
+        class Transformed(torch.autograd.Function):
+            forward = staticmethod(run)
             setup_context = staticmethod(save)
             backward = staticmethod(backward_)
-
-            @staticmethod
-            def forward(*args):
-                with torch._C._AutoDispatchBelowAutograd():  # autograd is this Function's
-                    return forward_op(*args)
 
             @staticmethod
             def vmap(info, in_dims, *args):
                 if batch is None:
                     raise NotImplementedError(f"{forward_op}: vmap is not supported; loop over the batches, or use "
                                               f"backend='reference'.")
-                return batch(Function.apply, info, in_dims, *args)
+                return batch(Transformed.apply, info, in_dims, *args)
+
+        class Eager(torch.autograd.Function):  # without `setup_context` a call between layers takes 5 µs less
+            backward = staticmethod(backward_)
+
+            @staticmethod
+            def forward(ctx, *args):
+                outputs = run(*args)
+                save(ctx, args, outputs)
+                return outputs
 
         torch.library.register_autograd(forward_op, backward_, setup_context=save, lib=_library)
-        # `Function.apply` inspects the signature at every call, 14 µs, which only functorch transforms need.
-        return forward_op, Function, super(torch.autograd.Function, Function).apply
+        # `Eager.apply` inspects the signature at every call, 14 µs, which only functorch transforms need.
+        return forward_op, run, Transformed.apply, super(torch.autograd.Function, Eager).apply
 
 
 def reference_gradients(reference: Callable, tensors: Sequence[Tensor], needs: Sequence[bool],

@@ -121,6 +121,33 @@ def test_keys_follow_the_generator():
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (7,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_without_noise_the_default_generator_draws_it(backend, shape, dtype):
+    if backend == "cpp" and not native.cpp:
+        pytest.skip("the native library is not built")
+    mean, log_var = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    results = []
+    for draw in (lambda: None, noise_keys):
+        torch.manual_seed(3)
+        z, kl = reparametrize(mean, log_var, draw(), backend=backend)
+        results.append((z, kl, *torch.autograd.grad(z.square().sum() + kl.sum(), (mean, log_var)), torch.randn(2)))
+    for drawn, given in zip(*results, strict=True):
+        assert torch.equal(drawn, given)
+    with torch.no_grad():
+        z, _ = reparametrize(mean, log_var, backend=backend)
+    assert z.shape == shape and not z.requires_grad and not torch.equal(z, results[0][0])
+
+
+def test_a_graph_keeps_each_draw_for_its_gradient():
+    mean, log_var = torch.zeros(2, 5, 4, requires_grad=True)
+    one, other = (reparametrize(mean, log_var)[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    for z in (one, other):  # z = ε e^{v/2} at mean 0, of which ∂z/∂v is z / 2
+        torch.testing.assert_close(torch.autograd.grad(z.sum(), log_var)[0], z / 2)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_gradcheck_once_and_twice(backend):
     if backend == "cpp" and not native.cpp:
         pytest.skip("the native library is not built")
@@ -137,6 +164,23 @@ def test_opcheck(keys):
     torch.library.opcheck(ops.reparametrize_fwd.default, (mean.requires_grad_(), log_var, keys))
     grad_z = torch.ones(*keys.shape, 5, 3)
     torch.library.opcheck(ops.reparametrize_bwd.default, (grad_z, None, mean.detach(), log_var, keys, True, True))
+
+
+@pytest.mark.skipif(not native.cpp, reason="the native library is not built")
+def test_opcheck_of_the_one_that_draws():
+    for grad in (False, True):
+        leaves = [t.detach().requires_grad_(grad) for t in posterior(None, 5, 3)[:2]]
+        torch.library.opcheck(torch.ops.latent_engine.reparametrize_drawn_fwd.default, leaves,
+                              test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_draws_in_a_compiled_graph_and_under_vmap():
+    mean, log_var, _ = posterior(None, 6, 3)
+    compiled = torch.compile(reparametrize, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(mean, log_var)[0], compiled(mean, log_var)[0])
+    means = torch.stack((mean, mean + 1))
+    z, _ = torch.func.vmap(reparametrize, (0, None), randomness="same")(means, log_var)
+    torch.testing.assert_close(z[1], z[0] + 1)
 
 
 def test_compiles_to_one_graph_and_maps():

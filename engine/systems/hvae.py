@@ -103,7 +103,7 @@ class HVAE(VAE):
         log_px_z, kl_lower = self.likelihood.log_prob(output, batch.x), bounds.kl_between(given_x, given_upper).sum(2).mean(0)
         kl_upper = self._divergence(posterior, kl_to_normal, upper, None)
         kl = kl_lower + (kl_upper.sum(1) if kl_upper.dim() > 1 else kl_upper)
-        mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
+        mean_log_px_z, mean_kl = bounds.mean_log_px_z(log_px_z), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
         return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl, "kl_lower": kl_lower.mean()},
                                  posterior)

@@ -89,7 +89,7 @@ class IWAE(VAE):
         bound = importance_objective(base, *posterior, log_px_z, log_pz, estimator=config.estimator, alpha=alpha,
                                      groups=config.groups, elbo_weight=config.elbo_weight)
         with torch.no_grad():
-            log_px_z, kl = log_px_z.mean(), bounds.mean_kl(self._kl(posterior, kl_to_normal, log_pz))
+            log_px_z, kl = bounds.mean_log_px_z(log_px_z), bounds.mean_kl(self._kl(posterior, kl_to_normal, log_pz))
         return self._regularized({"total": -bound.mean(), "log_px_z": log_px_z, "kl": kl}, posterior)
 
     def summarize(self, means: dict[str, float], phase: str | None = None) -> dict[str, float]:

@@ -158,7 +158,7 @@ class VAE(AE):
         z, log_det = self._transform(base, posterior)
         output = self._decoder_output(z, batch.x)
         log_px_z, kl = self.likelihood.log_prob(output, batch.x), self._divergence(posterior, kl_to_normal, z, log_det)
-        mean_log_px_z, mean_kl = log_px_z.mean(), bounds.mean_kl(kl)
+        mean_log_px_z, mean_kl = bounds.mean_log_px_z(log_px_z), bounds.mean_kl(kl)
         total = self._kl_loss(kl, mean_kl) - self._fit(log_px_z, mean_log_px_z, output)
         return self._regularized({"total": total, "log_px_z": mean_log_px_z, "kl": mean_kl}, posterior)
 
