@@ -73,17 +73,20 @@ class Differentiable:
         self._triton = self._wire(forward.triton, backward and backward.triton, save, gradients, vmap)
 
     def __call__(self, backend: str, *args: object) -> Any:
-        op, run, apply_transformed, apply = self._triton if backend == "triton" else self._compiled
-        if is_compiling():
-            return op(*args)
-        if is_transformed():
-            return apply_transformed(*args)
+        if is_compiling() or is_transformed():
+            op, apply, *_ = self._triton if backend == "triton" else self._compiled
+            return op(*args) if is_compiling() else apply(*args)
+        return self.eager(backend, *args)
+
+    def eager(self, backend: str, *args: object) -> Any:
+        """The same where neither torch.compile nor a transform of torch.func looks on."""
+        *_, run, apply = self._triton if backend == "triton" else self._compiled
         return apply(*args) if torch.is_grad_enabled() else run(*args)
 
     @staticmethod
     def _wire(forward_op: OpOverload, backward_op: OpOverload | None, save: Callable, gradients: Callable,
               batch: Callable | None) -> tuple[OpOverload, Callable, Callable, Callable]:
-        """The op as compiled graphs hold it, without autograd, under transforms of torch.func, and eager."""
+        """The op as compiled graphs hold it, its call under transforms of torch.func, without autograd, and with it."""
         def backward_(ctx, *grads):
             return gradients(ctx, backward_op, *grads)
 
@@ -114,7 +117,7 @@ class Differentiable:
 
         torch.library.register_autograd(forward_op, backward_, setup_context=save, lib=_library)
         # `Eager.apply` inspects the signature at every call, 14 µs, which only functorch transforms need.
-        return forward_op, run, Transformed.apply, super(torch.autograd.Function, Eager).apply
+        return forward_op, Transformed.apply, run, super(torch.autograd.Function, Eager).apply
 
 
 def reference_gradients(reference: Callable, tensors: Sequence[Tensor], needs: Sequence[bool],

@@ -66,7 +66,7 @@ def reparametrize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None, *,
     op = "reparametrize"
     if noise is None:
         if are_alike((mean, log_var)) and _is_drawn_within(mean, log_var, backend):
-            z, kl, _ = _reparametrize_drawn("cpp", mean, log_var)
+            z, kl, _ = _reparametrize_drawn.eager("cpp", mean, log_var)
             return z, kl
         noise = _draw(mean)
     keyed = _are_keys(noise)
