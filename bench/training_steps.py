@@ -235,14 +235,15 @@ def systems(preset: str, batch: Batch) -> tuple[System, System]:
 
 
 def measure(preset: str, x: Tensor, pairs: int = PAIRS) -> Steps:
-    """Times the steps of a preset on the batch `x` in turns, then the objective."""
+    """Times the steps of a preset on the batch `x` and the objective in turns."""
     batch = Batch(x, torch.arange(len(x)))
     ours, plain = systems(preset, batch)
-    parts = {"objective": objective(copy.deepcopy(ours), batch)}
     calls = {OURS: step(our_loss, ours, batch), "plain": step(OBJECTIVES[preset], plain, x)}
+    parts = {"objective": objective(copy.deepcopy(ours), batch)}
     for call in (*calls.values(), *parts.values()):
         call()
-    return Steps(time_calls(calls, "cpu", rounds=pairs), **time_calls(parts, "cpu", rounds=pairs))
+    timings = time_calls(calls, "cpu", rounds=pairs, beside=parts)
+    return Steps(objective=timings.pop("objective"), steps=timings)
 
 
 def milliseconds(t: Timing) -> str:
