@@ -146,7 +146,7 @@ FWD = Primitive("reparametrize", "reparametrize_fwd", "(Tensor mean, Tensor log_
 BWD = Primitive("reparametrize", "reparametrize_bwd", "(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor log_var, "
                 "Tensor noise, bool need_mean, bool need_log_var) -> (Tensor, Tensor)", _fake_bwd)
 
-# One sample, whose key, the last output, it draws: a call less in Python, a third of the time between the layers of a network.
+# One sample, whose key, the last output, it draws: between the layers of a network 30 µs less than two calls from Python.
 DRAWN_FWD = Primitive("reparametrize", "reparametrize_drawn_fwd", "(Tensor mean, Tensor log_var) -> (Tensor, Tensor, Tensor)",
                       _fake_drawn_fwd, tags=(torch.Tag.nondeterministic_seeded,))
 
