@@ -338,7 +338,7 @@ class _Loop:
 def make_optimizers(system: System, phases: tuple[Phase, ...]) -> dict[str, torch.optim.Optimizer]:
     """The optimizer of each child that a phase updates, from `system.config.optim.<child>`.
 
-    Children of equal settings that the same phases update share one: each further one would add 50 to 100 µs to a step.
+    Children of equal settings that the same phases update share one: each further one adds some 100 µs to a step.
     """
     groups: dict[object, tuple[OptimizerConfig, list[str], list[Tensor]]] = {}
     for child in dict.fromkeys(name for phase in phases for name in phase.updates):
