@@ -90,6 +90,8 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
     status = Path("/proc/self/status")
     try:
         ctypes.CDLL(None).malloc_trim(0)
+        if native.cpp:
+            native.cpp.release_memory()
         before = _kilobytes(status, "VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         call()

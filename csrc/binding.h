@@ -4,13 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/large_blocks.h"
 #include "cpu/scratch.h"
 
 namespace latent_engine {
@@ -52,33 +51,32 @@ void in_parts(int64_t n, int64_t work, const F& f) {
   for_each_task(ceil_div(n, step), [&](int64_t i) { f(std::min(n, i * step), std::min(n, (i + 1) * step)); });
 }
 
-// Asks for huge pages under a large fresh array: the faults of small ones cost up to four times what filling it does.
-inline void advise_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr int64_t page = 1 << 21;
-  const int64_t first = round_up(reinterpret_cast<int64_t>(data), page);
-  const int64_t last = (reinterpret_cast<int64_t>(data) + bytes) / page * page;
-  if (last - first >= 2 * page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// A contiguous tensor of the type of `like`, or of float64, by the shim's direct call: `stable::new_empty` boxes its
-// arguments, 1 µs more.
+// A contiguous tensor of the type of `like`, or of float64, by the shim's direct calls: `stable::new_empty` boxes its
+// arguments, 1 µs more. A large one lies in a block that is kept for the next when it is freed; like every tensor over given
+// memory it cannot be resized beyond that.
 inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, bool is_wide = false) {
   constexpr int kMaxDims = 64;  // of PyTorch
-  int64_t strides[kMaxDims], stride = 1;
+  int64_t strides[kMaxDims], numel = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
+    strides[i] = numel;
+    numel *= std::max<int64_t>(sizes[i], 1);
   }
   is_wide = is_wide || like.scalar_type() == ScalarType::Double;
   const int32_t dtype = is_wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int64_t dims = static_cast<int64_t>(sizes.size()), bytes = numel * (is_wide ? 8 : 4);
+  const int32_t cpu = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor tensor(handle);
-  if (stride >= 1 << 20) advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
-  return tensor;
+  LargeBlock* const block = bytes >= static_cast<int64_t>(kLargeBlock) ? take_large_block(bytes) : nullptr;
+  if (block) {
+    const auto keep = [](void*, void* freed) { keep_large_block(static_cast<LargeBlock*>(freed)); };
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block->data, dims, sizes.data(), strides, 0, dtype, cpu, -1, &handle,
+                                                  aoti_torch_layout_strided(), nullptr, 0, keep, block));
+    return Tensor(handle);
+  }
+  if (aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, cpu, 0, &handle) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("out of memory: the system has no " + std::to_string(bytes) + " bytes for a result; smaller batches "
+                             "need less");
+  return Tensor(handle);
 }
 
 // Whether an output of whole rows of `row` numbers is written past the caches, which it would leave again before it is read.

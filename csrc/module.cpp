@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/large_blocks.h"
 
 namespace py = pybind11;
 
@@ -38,4 +39,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp", evaluate<double, false>, py::arg("x").noconvert());
   m.def("log", evaluate<float, true>, py::arg("x").noconvert(), "log x as the kernels compute it.");
   m.def("log", evaluate<double, true>, py::arg("x").noconvert());
+  m.def("release_memory", release_large_blocks,
+        "Gives the memory of freed results of 4 MB and more, kept for later ones, back to the system.");
 }

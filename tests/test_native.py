@@ -1,13 +1,17 @@
-"""The C++ library: accuracy of its exp and log, instruction-set levels, build information."""
+"""The C++ library: accuracy of its exp and log, instruction-set levels, memory of large results, build information."""
 
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from latent_engine.kernels import native
+from latent_engine.kernels import native, reparametrize
 
 pytestmark = pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 
@@ -66,3 +70,52 @@ def test_level_from_the_environment():
 def test_build_info_names_compiler_and_abi():
     info = native.cpp.build_info()
     assert info["torch_abi"] == "2.11" and info["compiler"]
+
+
+def shifted(size: int, value: float) -> torch.Tensor:
+    """A result of `size` numbers that are all `value`."""
+    zeros = torch.zeros(1, size)
+    return reparametrize(zeros + value, zeros, zeros, backend="cpp")[0]
+
+
+@pytest.mark.parametrize("size", [2**21, 2**23])  # 8 and 32 MB
+def test_large_results_lie_where_freed_ones_did(size):
+    native.cpp.release_memory()
+    first = shifted(size, 1.0)
+    second = shifted(size, 2.0)
+    place = first.data_ptr()
+    assert second.data_ptr() != place
+    del first
+    third = shifted(size - 1000, 3.0)
+    assert third.data_ptr() == place
+    assert bool((second == 2).all()) and bool((third == 3).all())
+
+
+def test_large_results_of_many_threads_keep_apart():
+    def work(thread: int) -> bool:
+        mine = [shifted(2**20 + 64 * i, 10.0 * thread + i) for i in range(3)]
+        return all(bool((result == 10.0 * thread + i).all()) for i, result in enumerate(mine))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(40)))
+
+
+def test_a_large_result_can_be_shared_and_outlives_the_release():
+    result = shifted(2**20, 5.0)
+    native.cpp.release_memory()
+    view = result[:, 1:].numpy()
+    del result
+    shifted(2**20, 6.0)
+    assert (view == 5).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident size from /proc")
+def test_released_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+    native.cpp.release_memory()
+    shifted(2**24, 1.0)
+    kept = resident()
+    native.cpp.release_memory()
+    assert kept - resident() > 0.9 * 2**26
