@@ -98,9 +98,9 @@ struct SplitExp {
   explicit LATENT_INLINE SplitExp(Pack<T, n> x) {
     using S = Simd<T>;
     x = Pack<T, n>::each([](Vec<T> a) { return larger(broadcast(S::exp_min), a); }, x);
-    const Pack<T, n> shifted = x * T(1.4426950408889634) + S::round, whole = shifted - S::round;
+    const Pack<T, n> shifted = x * T(1.4426950408889634) + S::biased_round, whole = shifted - S::biased_round;
     const Pack<T, n> r = (x - whole * S::ln2_hi) - whole * S::ln2_lo;
-    scale = Pack<T, n>::each([](Vec<T> a) { return (Vec<T>)(((typename S::IntVec)a << S::mantissa) + S::one); }, shifted);
+    scale = Pack<T, n>::each([](Vec<T> a) { return (Vec<T>)((typename S::IntVec)a << S::mantissa); }, shifted);
     rest = horner(S::exp_poly, r) * r * r + r;
   }
   LATENT_INLINE Pack<T, n> value() const { return rest * scale + scale; }

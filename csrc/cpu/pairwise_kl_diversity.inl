@@ -30,9 +30,8 @@ struct PairExp<double> {
 template <class T>
 static inline Vec<T> exp2_below(Vec<T> x) {
   using S = Simd<T>;
-  using IntVec = typename S::IntVec;
-  const Vec<T> shifted = x + S::round, r = x - (shifted - S::round);
-  const Vec<T> y = (horner(PairExp<T>::poly, r) * r + T(1)) * (Vec<T>)(((IntVec)shifted << S::mantissa) + S::one);
+  const Vec<T> shifted = x + S::biased_round, n = shifted - S::biased_round, r = x - n;
+  const Vec<T> y = scale<T>(horner(PairExp<T>::poly, r) * r + T(1), n, shifted);
   return x < PairExp<T>::min ? Vec<T>{} : y;
 }
 

@@ -42,10 +42,9 @@ struct NonpositiveExp {
 
   explicit NonpositiveExp(Vec<T> x) {
     using S = Simd<T>;
-    constexpr T round = S::round + T(S::one >> S::mantissa);  // its low bits hold the biased exponent
     x = maximum<T>(broadcast<T>(S::exp_min), x);
-    const Vec<T> shifted = x * T(1.4426950408889634) + round;
-    const Vec<T> n = shifted - round;
+    const Vec<T> shifted = x * T(1.4426950408889634) + S::biased_round;
+    const Vec<T> n = shifted - S::biased_round;
     const Vec<T> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
     excess = horner(S::exp_poly, r) * r * r;
     rest = excess + r;
