@@ -100,7 +100,7 @@ def test_large_results_of_many_threads_keep_apart():
         assert all(pool.map(work, range(40)))
 
 
-def test_a_large_result_can_be_shared_and_outlives_the_release():
+def test_a_view_of_a_large_result_outlives_it_and_the_release():
     result = shifted(2**20, 5.0)
     native.cpp.release_memory()
     view = result[:, 1:].numpy()
@@ -119,3 +119,24 @@ def test_released_memory_goes_back_to_the_system():
     kept = resident()
     native.cpp.release_memory()
     assert kept - resident() > 0.9 * 2**26
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the address space from /proc")
+def test_running_out_of_memory_is_one_clear_error():
+    code = """
+import resource, torch
+from pathlib import Path
+from latent_engine.kernels import reparametrize
+x = torch.zeros(1, 2**24)
+reparametrize(x, x, x)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+results = []
+try:
+    for _ in range(8):
+        results.append(reparametrize(x, x, x))
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("out of memory: the system has no 67108864 bytes for a result; smaller batches need less")
