@@ -15,8 +15,11 @@ namespace {
 constexpr std::size_t kPage = std::size_t(2) << 20;
 constexpr std::size_t kLazy = std::size_t(32) << 20;  // from here on MADV_FREE, 0.1 ms, is little beside filling a block
 
-// The latest first. Exchanged without a lock, which a fork could leave taken.
+// The latest first; eight hold the large results of a training step. Exchanged without a lock, which a fork could leave taken.
 std::atomic<LargeBlock*> kept[8];
+
+// Whether a block of `size` may serve a result of `needed` bytes: a fifth of it is left over at most.
+bool fits(std::size_t size, std::size_t needed) { return size >= needed && size - needed <= needed / 4; }
 
 void unmap(LargeBlock* block) {
   if (block) munmap(block->data, block->size);
@@ -42,7 +45,7 @@ LargeBlock* take_large_block(std::size_t bytes) {
   for (auto& place : kept) {
     LargeBlock* const block = place.exchange(nullptr);
     if (!block) continue;
-    if (block->size >= size && block->size - size <= size / 4) return block;
+    if (fits(block->size, size)) return block;
     LargeBlock* none = nullptr;
     if (!place.compare_exchange_strong(none, block)) unmap(block);
   }
