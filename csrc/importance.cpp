@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kBlock = 8192;                        // log-weights of a block: its lines stay in the cache
 constexpr int64_t kLeastBlock = 4;                      // rows of a block
-constexpr int64_t kLeastRows = 16, kMostRows = 256;     // of a chunk of the backward pass
+constexpr int64_t kLeastRows = 12, kMostRows = 256;     // of a chunk of the backward pass
+constexpr int64_t kRead = 4, kWrite = 8;                // of a number of z past the L2 cache, in multiplications
 constexpr int64_t kVectors = 64;                        // bytes of a group of lanes
 
 template <class T>
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::optional<Tensor>& z_, cons
   const std::optional<Tensor> z = z_ ? std::optional<Tensor>(as_contiguous(*z_)) : std::nullopt;
   const std::optional<Tensor> log_pz = log_pz_ ? std::optional<Tensor>(as_contiguous(*log_pz_)) : std::nullopt;
   need_weights = need_weights && groups > 0;
-  const int64_t work = N * ((z ? 3 * D : 0) + 24), stride = padded<T>(N), w = need_weights;
+  const int64_t work = N * ((z ? (3 + kRead) * D : 0) + 24), stride = padded<T>(N), w = need_weights;
   const Blocks blocks(S, N, groups, work);
   const int64_t packed = z ? packed_size<T>(*mu) : 0;
   const int64_t moments = groups ? blocks.groups * blocks.count * kImportanceMoments * stride : 0;
@@ -128,9 +129,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
                                                     const Tensor& mu, const Tensor& log_var, bool normal_prior, bool need_z,
                                                     bool need_posterior) {
   const auto& k = kernels<T>().importance;
-  const int64_t S = z_.size(0), N = z_.size(1), D = z_.size(2), work = N * (4 * D + 8);
+  const int64_t S = z_.size(0), N = z_.size(1), D = z_.size(2);
+  const int64_t work = N * ((4 + kRead + (need_z ? kWrite : 0)) * D + 8);
   const Tensor z = as_contiguous(z_), weights = as_contiguous(weights_);
-  const int64_t rows = std::clamp(ceil_div(S, task_count(S * work)), kLeastRows, kMostRows);
+  const int64_t parts = std::clamp<int64_t>(S / kLeastRows, 1, task_count(S * work));
+  const int64_t rows = std::clamp<int64_t>(ceil_div(S, parts), 1, kMostRows);
   const int64_t chunks = ceil_div(S, rows), n = need_posterior ? N : 0, packed = packed_size<T>(mu);
   const int64_t sums = n * (2 * padded<T>(D) + 1) * std::max<int64_t>(chunks, 1);
   Arena<T> arena(Scratch::launch, packed, sums);

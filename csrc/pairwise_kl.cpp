@@ -182,7 +182,7 @@ void row_means(const PairwiseKlMean<T>& p) {
 template <class T>
 double gram_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
-  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, 8);
+  const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, kGramTile);
   const int64_t rows = std::max({kGramRows, width, ceil_div(N, kMaxTasks)}), parts = ceil_div(N, rows);
   Arena<double> arena(Scratch::launch, parts * GramSums::size(width), D, width, width, width);
   PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width, rows, parts};
@@ -192,12 +192,14 @@ double gram_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tens
   in_parts(parts, rows * width * width, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) ops<T>().gram_part(p, part);
   });
-  in_parts(width / 8, 8 * parts * width, [&](int64_t first, int64_t last) { ops<T>().gram_sums(p, 8 * first, 8 * last); });
+  in_parts(width / kGramTile, kGramTile * parts * width,
+           [&](int64_t first, int64_t last) { ops<T>().gram_sums(p, kGramTile * first, kGramTile * last); });
   const double pairs = static_cast<double>(N) * (N - 1), total = ops<T>().gram_total(p, mean);
   if (need_grad) {
     p.mean = -mean / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
     p.dmu = unit.mutable_data_ptr<T>(), p.dlog_var = p.dmu + N * D;
-    in_parts(ceil_div(N, 4), 16 * width * width, [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
+    in_parts(ceil_div(N, kGramTile), 4 * kGramTile * width * width,
+             [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
   }
   return 0.5 * std::sqrt(total / (pairs - 1));
 }

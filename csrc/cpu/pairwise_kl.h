@@ -75,13 +75,15 @@ struct PairwiseKlDirect {
   T* gradients;       // [2][N][D]
 };
 
+constexpr int64_t kGramTile = 8;  // features, or rows, of a product
+
 // The deviation from Gram matrices of the features, where N is well above 4 D: 2 KL(i‖j) = a_i · b_j + r_i + c_j.
 template <class T>
 struct PairwiseKlGram {
   Posteriors<T> batch;
   const T* centre;                   // [D]
   bool need_gradients;
-  int64_t width;                     // 2D, padded to whole groups
+  int64_t width;                     // 2D, padded to whole tiles
   int64_t rows, parts;               // of a part of the batch; of them
   double* sums;                      // [parts][GramSums::size(width)]
   double *level;                     // [D]: log σ² of the first row
@@ -94,7 +96,7 @@ struct PairwiseKlGram {
 
 // Sums over a part of the rows.
 struct GramSums {
-  double *gram_a, *gram_b;   // [width][width]: Σ ã ãᵀ, Σ b̃ b̃ᵀ
+  double *gram_a, *gram_b;   // [width][width]: Σ ã ãᵀ, Σ b̃ b̃ᵀ, from the tile on the diagonal on
   double *row_a, *column_b;  // [width]: Σ ρ ã, Σ γ b̃
   double* squares;           // [1]: Σ (ρ² + γ²)
 
@@ -129,9 +131,9 @@ struct PairwiseKlKernels {
 
   double (*gram_means)(PairwiseKlGram<T>&, const double* sums);
   void (*gram_part)(const PairwiseKlGram<T>&, int64_t part);
-  void (*gram_sums)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole groups
+  void (*gram_sums)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole tiles
   double (*gram_total)(const PairwiseKlGram<T>&, double mean);
-  void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of fours of rows
+  void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of tiles of rows
 };
 
 }  // namespace latent_engine

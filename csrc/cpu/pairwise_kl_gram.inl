@@ -10,41 +10,43 @@
 
 constexpr int64_t kGramDepth = 64;  // rows whose features stay near while both matrices take them
 
-// out[4][vectors] += Σ_k left[k·left_k + t·left_t] right[k][…].
-template <int vectors>
+// out[rows][vectors] = Σ_k left[k·left_k + t·left_t] right[k][…], or plus what is there.
+template <int rows, int vectors>
 static inline void product_tile(const double* left, int64_t left_k, int64_t left_t, const double* right, int64_t right_stride,
-                                int64_t depth, double* out, int64_t out_stride) {
-  Vec<double> sums[4][vectors] = {};
+                                int64_t depth, bool add, double* out, int64_t out_stride) {
+  Vec<double> sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, left += left_k, right += right_stride) {
     Vec<double> row[vectors];
     for (int v = 0; v < vectors; ++v) row[v] = load(right + v * kLanes<double>);
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t)
+#pragma GCC unroll 8
+    for (int t = 0; t < rows; ++t)
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sums[t][v] += broadcast(left[t * left_t]) * row[v];
   }
-  for (int t = 0; t < 4; ++t)
+  for (int t = 0; t < rows; ++t)
     for (int v = 0; v < vectors; ++v) {
       double* const at = out + t * out_stride + v * kLanes<double>;
-      store(at, load(at) + sums[t][v]);
+      store(at, add ? load(at) + sums[t][v] : sums[t][v]);
     }
 }
 
-// The same for `width` columns, a multiple of the vector.
+// The same for kGramTile rows and `width` columns, a multiple of the vector. Eight sums keep two pipes of FMAs busy.
 static void product_rows(const double* left, int64_t left_k, int64_t left_t, const double* right, int64_t right_stride,
-                         int64_t depth, double* out, int64_t out_stride, int64_t width) {
-  constexpr int most = LATENT_VECTOR_BYTES == 64 ? 4 : 2;
-  in_tiles<most>(width / kLanes<double>, [&](auto vectors, int64_t v) {
-    const int64_t q = v * kLanes<double>;
-    product_tile<vectors()>(left, left_k, left_t, right + q, right_stride, depth, out + q, out_stride);
-  });
+                         int64_t depth, bool add, double* out, int64_t out_stride, int64_t width) {
+  constexpr int rows = LATENT_VECTOR_BYTES == 64 ? 8 : 4, most = LATENT_VECTOR_BYTES == 64 ? 3 : 2;
+  for (int64_t t = 0; t < kGramTile; t += rows)
+    in_tiles<most>(width / kLanes<double>, [&](auto vectors, int64_t v) {
+      const int64_t q = v * kLanes<double>;
+      product_tile<rows, vectors()>(left + t * left_t, left_k, left_t, right + q, right_stride, depth, add,
+                                    out + t * out_stride + q, out_stride);
+    });
 }
 
 static inline double gram_dot(const double* x, const double* y, int64_t width) {
   return sum_groups<double>(width, [&](int64_t k) { return load(x + k) * load(y + k); });
 }
 
-static inline int64_t gram_group(int64_t k) { return k / kGroup<double> * kGroup<double>; }
+static inline int64_t gram_group(int64_t k) { return k / kGramTile * kGramTile; }
 
 // The means of the features, and of the row and column terms, from sums about the centre; κ.
 template <class T>
@@ -101,17 +103,17 @@ static void gram_part(const PairwiseKlGram<T>& p, int64_t part) {
   const int64_t width = p.width, end = std::min(p.batch.N, (part + 1) * p.rows);
   const int64_t stride = width | kGroup<double>;  // an odd number of cache lines, so that rows fall into different sets
   const GramSums sums(p, part);
-  std::fill_n(sums.gram_a, GramSums::size(width), 0.0);
+  std::fill(sums.row_a, sums.squares + 1, 0.0);
   Arena<double> arena(Scratch::task, kGramDepth * stride, kGramDepth * stride, kGramDepth, kGramDepth);
   double *const a = arena.take(kGramDepth * stride), *const b = arena.take(kGramDepth * stride);
   double *const row = arena.take(kGramDepth), *const column = arena.take(kGramDepth);
   for (int64_t n0 = part * p.rows; n0 < end; n0 += kGramDepth) {
     const int64_t depth = std::min(kGramDepth, end - n0);
     for (int64_t n = 0; n < depth; ++n) gram_features(p, n0 + n, a + n * stride, b + n * stride, row[n], column[n]);
-    for (int64_t k = 0; k < width; k += 4) {
-      const int64_t q = gram_group(k);
-      product_rows(a + k, stride, 1, a + q, stride, depth, sums.gram_a + k * width + q, width, width - q);
-      product_rows(b + k, stride, 1, b + q, stride, depth, sums.gram_b + k * width + q, width, width - q);
+    const bool add = n0 > part * p.rows;
+    for (int64_t k = 0; k < width; k += kGramTile) {
+      product_rows(a + k, stride, 1, a + k, stride, depth, add, sums.gram_a + k * (width + 1), width, width - k);
+      product_rows(b + k, stride, 1, b + k, stride, depth, add, sums.gram_b + k * (width + 1), width, width - k);
     }
     for (int64_t n = 0; n < depth; ++n) *sums.squares += row[n] * row[n] + column[n] * column[n];
     for (int64_t n = 0; n < (p.need_gradients ? depth : 0); ++n)
@@ -135,9 +137,9 @@ static void gram_sums(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
     }
   }
   for (int64_t k = first; k < last; ++k) {
-    const int64_t group = gram_group(k), after = group + kGroup<double>;
+    const int64_t group = gram_group(k), after = group + kGramTile;
     const double *const a = all.gram_a + k * width, *const b = all.gram_b + k * width;
-    p.inner[k] = gram_dot(a + group, b + group, kGroup<double>) + 2 * gram_dot(a + after, b + after, width - after);
+    p.inner[k] = gram_dot(a + group, b + group, kGramTile) + 2 * gram_dot(a + after, b + after, width - after);
   }
   for (double* const gram : {all.gram_a, all.gram_b})
     for (int64_t q = p.need_gradients ? gram_group(first) : width; q < width; ++q)
@@ -154,25 +156,24 @@ static double gram_total(const PairwiseKlGram<T>& p, double mean) {
   return std::max(inner + N * (squares - mean * mean * N / (N - 1)), 0.0);
 }
 
-// Gradients of rows [4 first, 4 last) from H_ij = X_ij − T, whose mean over all pairs is p.mean:
+// Gradients of rows [kGramTile first, kGramTile last) from H_ij = X_ij − T, whose mean over all pairs is p.mean:
 //     Σ_j H_ij b_j = N (mean + ρ_i) b̄ + Σ_j γ_j b̃_j + (Σ b̃ b̃ᵀ) ã_i, and likewise Σ_i H_ij a_i.
 template <class T>
 static void gram_gradient(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
   const int64_t N = p.batch.N, D = p.batch.D, width = p.width;
   const GramSums sums(p, 0);
-  Arena<double> arena(Scratch::task, 4 * width, 4 * width, 4 * width, 4 * width);
-  double *const features_a = arena.take(4 * width), *const features_b = arena.take(4 * width);
-  double *const by_a = arena.take(4 * width), *const by_b = arena.take(4 * width);
-  double row_terms[4], column_terms[4];
+  const int64_t size = kGramTile * width;
+  Arena<double> arena(Scratch::task, size, size, size, size);
+  double *const features_a = arena.take(size), *const features_b = arena.take(size);
+  double *const by_a = arena.take(size), *const by_b = arena.take(size);
+  double row_terms[kGramTile], column_terms[kGramTile];
   CentredRow<T> row;
-  for (int64_t n0 = 4 * first; n0 < std::min(N, 4 * last); n0 += 4) {
-    const int64_t rows = std::min<int64_t>(N - n0, 4);
-    for (int64_t t = 0; t < 4; ++t)  // a short four repeats its last row
+  for (int64_t n0 = kGramTile * first; n0 < std::min(N, kGramTile * last); n0 += kGramTile) {
+    const int64_t rows = std::min(N - n0, kGramTile);
+    for (int64_t t = 0; t < kGramTile; ++t)  // a short tile repeats its last row
       gram_features(p, n0 + std::min(t, rows - 1), features_a + t * width, features_b + t * width, row_terms[t], column_terms[t]);
-    std::fill_n(by_a, 4 * width, 0.0);
-    std::fill_n(by_b, 4 * width, 0.0);
-    product_rows(features_a, 1, width, sums.gram_b, width, width, by_a, width, width);
-    product_rows(features_b, 1, width, sums.gram_a, width, width, by_b, width, width);
+    product_rows(features_a, 1, width, sums.gram_b, width, width, false, by_a, width, width);
+    product_rows(features_b, 1, width, sums.gram_a, width, width, false, by_b, width, width);
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t n = n0 + t;
       const double of_r = N * (p.mean + row_terms[t]), of_c = N * (p.mean + column_terms[t]);
