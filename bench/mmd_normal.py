@@ -42,19 +42,21 @@ def posteriors(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tens
 
 def points_work(case: str, backward: bool) -> Work:
     """Over the pairs i < j, a dimension: one FMA for the distance and one each for the gradients of both points. Scales cost
-    two polynomials in the distance, and a third for the derivative."""
+    two polynomials in the distance, and a third for the derivative. The distance takes a subtraction."""
     N, D = POINTS[case]
     pairs, scales = N * (N - 1) / 2, len(WIDTHS)
     return Work(4 * N * D * (2 if backward else 1), pairs * (D * (3 if backward else 1) + scales * (4 if backward else 2)),
-                N * len(nodes(False)[0]))
+                N * len(nodes(False)[0]), pairs * D)
 
 
 def posteriors_work(case: str, backward: bool) -> Work:
     """Over the pairs i < j, a dimension and node: numerator and denominator of Σ δ²/t, three operations; for the gradients a
-    product and an FMA with 1/t, and 9/4 for that with a fourth of a division."""
+    product and an FMA with 1/t, and 9/4 for that with a fourth of a division. One addition makes t, for the gradients again,
+    where one more adds up the products."""
     N, D = POSTERIORS[case]
     terms = N * (N - 1) / 2 * len(nodes(True)[0])
-    return Work(8 * N * D * (2 if backward else 1), terms * D * (7.25 if backward else 3), terms)
+    return Work(8 * N * D * (2 if backward else 1), terms * D * (7.25 if backward else 3), terms,
+                terms * D * (3 if backward else 1))
 
 
 def _imq(squares: Tensor) -> Tensor:

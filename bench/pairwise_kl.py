@@ -49,17 +49,21 @@ std.__name__ = "pairwise_kl.std"
 
 def diversity_work(case: str, backward: bool) -> Work:
     """Eq. 8 in operations of the FMA pipes: two to form the exponent, six for 2^x to 1e-7 and one for the product; with
-    gradients four more for the sums and a division, six. The general exp, with its own range reduction, takes twice that."""
+    gradients four more for the sums and a division, six. The general exp, with its own range reduction, takes twice that.
+    Additions are seven, two of them before the exponent, three in its reduction, a comparison and one for the product; with
+    gradients one more and three for the sums."""
     N, D = CASES[case]
-    return Work(4 * 2 * N * D * (2 if backward else 1), (19 if backward else 9) * size_of(case), 0)
+    return Work(4 * 2 * N * D * (2 if backward else 1), (19 if backward else 9) * size_of(case), 0,
+                (11 if backward else 7) * size_of(case))
 
 
 def std_work(case: str, backward: bool) -> Work:
     """The cheaper of the pair matrix, 2 FMAs forward and 5 more for gradients, and of Gram matrices in float64, where an FMA
-    counts for two."""
+    counts for two. The pair matrix also takes a subtraction, and for gradients an addition and the subtraction again."""
     N, D = CASES[case]
     pairs, gram = (7 if backward else 2) * N * N * D, (24 if backward else 8) * N * D * D
-    return Work(4 * 2 * N * D * (2 if backward else 1), min(pairs, gram), 0)
+    additions = (3 if backward else 1) * N * N * D if pairs < gram else 0
+    return Work(4 * 2 * N * D * (2 if backward else 1), min(pairs, gram), 0, additions)
 
 
 def chunked_diversity(mu: Tensor, log_var: Tensor) -> Tensor:

@@ -73,9 +73,11 @@ def _machine(runs: list[dict]) -> str:
         hardware = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v and name != "latent-engine")
     bytes_, fmas, exps = (_range([run["ceilings"][name] / 1e9 for run in runs]) for name in ("bytes", "fmas", "exps"))
+    both = [run["ceilings"]["operations"] / 1e9 for run in runs if "operations" in run["ceilings"]]
+    operations = f", {_range(both)} G operations/s of FMAs and additions in equal numbers" if both else ""
     tapes = _range([1e6 * run["ceilings"]["tape"] for run in runs if "tape" in run["ceilings"]])
     return (f"{hardware}; Python {machine['python']}, {versions}. Ceilings measured in the same runs: {bytes_} GB/s copied, "
-            f"{fmas} GFMA/s, {exps} Gexp/s; the least that a gradient through PyTorch's autograd takes: {tapes} µs.")
+            f"{fmas} GFMA/s, {exps} Gexp/s{operations}; the least that a gradient through PyTorch's autograd takes: {tapes} µs.")
 
 
 def _range(values: list[float]) -> str:

@@ -106,7 +106,8 @@ def _kilobytes(status: Path, key: str) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do, measured in this run: bytes read plus written, fp32 FMAs and exps a second.
+    """What the machine can do, measured in this run: bytes read plus written, fp32 FMAs and exps a second, and operations where
+    FMAs and additions come in equal numbers: twice the FMAs where additions have pipes of their own, as many where they share.
 
     `tape` are the seconds that PyTorch's autograd takes where there is next to nothing to compute: the gradient of one
     product of two numbers by `torch.autograd.grad`, which no gradient through it can beat.
@@ -115,30 +116,35 @@ class Ceilings:
     bytes: float
     fmas: float
     exps: float
+    operations: float
     tape: float
 
     def bound(self, work: "Work") -> tuple[float, str]:
         """The least time for `work`, and which ceiling sets it."""
-        times = {"bytes": work.bytes / self.bytes, "FMA": work.fmas / self.fmas, "exp": work.exps / self.exps}
+        rates = {"bytes": self.bytes, "FMA": self.fmas, "exp": self.exps, "operations": self.operations}
+        times = {limit: work.amount(limit) / rate for limit, rate in rates.items()}
         limit = max(times, key=times.get)
         return times[limit], limit
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must at least do: bytes of inputs and outputs, FMA-pipe operations, exps."""
+    """What a call must at least do: bytes of inputs and outputs, multiplications and FMAs, exps; additions, subtractions and
+    comparisons where the suite's formula has a number of them."""
 
     bytes: float
     fmas: float
     exps: float
+    additions: float = 0
 
     def amount(self, limit: str) -> float:
-        return {"bytes": self.bytes, "FMA": self.fmas, "exp": self.exps}[limit]
+        return {"bytes": self.bytes, "FMA": self.fmas, "exp": self.exps, "operations": self.fmas + self.additions}[limit]
 
 
 class Probes:
-    """What ceilings are measured by: copying out of cache, an SGEMM for the FMA rate, and the exp in cache: torch's or on a
-    CPU, if it is faster, that of our kernels on each thread."""
+    """What ceilings are measured by: copying out of cache, an SGEMM for the FMA rate, the exp in cache, torch's or on a CPU, if
+    it is faster, that of our kernels on each thread, and FMAs and subtractions in a CPU's registers, on each thread too. On
+    CUDA, where these share their pipes, an operation takes what an FMA takes."""
 
     def __init__(self, device: str) -> None:
         n = 2**26 if device == "cuda" else 2**24
@@ -148,17 +154,18 @@ class Probes:
         a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
         x = torch.rand(2**22 if device == "cuda" else 2**17, device=device)
         y = torch.empty_like(x)
-        self.calls = {"bytes": lambda: target.copy_(source), "FMA": lambda: torch.mm(a, b), "exp": lambda: torch.exp(x, out=y)}
-        self.amounts = {"bytes": 8 * n, "FMA": side**3, "exp": x.numel()}
+        self.calls = {"bytes": lambda: target.copy_(source), "FMA": lambda: torch.mm(a, b),
+                      "exp": lambda: torch.exp(x, out=y), "operations": lambda: torch.mm(a, b)}
+        self.amounts = {"bytes": 8 * n, "FMA": side**3, "exp": x.numel(), "operations": side**3}
         if device == "cpu" and native.cpp:
-            few = np.linspace(-8, 0, 2**13, dtype=np.float32)
-            self.calls["our exp"] = lambda: native.cpp.exp(few)
-            self.amounts["our exp"] = torch.get_num_threads() * few.size
+            few, rounds, threads = np.linspace(-8, 0, 2**13, dtype=np.float32), 2**12, torch.get_num_threads()
+            self.calls |= {"our exp": lambda: native.cpp.exp(few), "operations": lambda: native.cpp.arithmetic(rounds)}
+            self.amounts |= {"our exp": threads * few.size, "operations": threads * native.cpp.arithmetic(rounds)}
         for call in self.calls.values():
             call()
 
     def of(self, limit: str) -> dict[str, Callable[[], object]]:
-        """The calls that measure one ceiling, "bytes", "FMA" or "exp"."""
+        """The calls that measure one ceiling: "bytes", "FMA", "exp" or "operations"."""
         return {name: call for name, call in self.calls.items() if name.endswith(limit)}
 
     def rate(self, limit: str, seconds: dict[str, float]) -> float:
@@ -171,4 +178,4 @@ def measure_ceilings(device: str) -> Ceilings:
     probes, number = Probes(device), torch.ones((), device=device, requires_grad=True)
     times = time_calls(probes.calls | {"tape": lambda: torch.autograd.grad(number * number, number)}, device)
     low = {name: timing.low for name, timing in times.items()}
-    return Ceilings(*(probes.rate(limit, low) for limit in ("bytes", "FMA", "exp")), low["tape"])
+    return Ceilings(*(probes.rate(limit, low) for limit in ("bytes", "FMA", "exp", "operations")), low["tape"])

@@ -21,6 +21,11 @@ py::array_t<T> evaluate(py::array_t<T, py::array::c_style> x) {
   return y;
 }
 
+int64_t arithmetic(int64_t rounds) {
+  float result;
+  return kernels<float>().math.arithmetic(rounds, &result);
+}
+
 std::map<std::string, std::string> build_info() {
   return {{"compiler", "g++ " __VERSION__}, {"torch_abi", "2.11"}, {"standard", "C++17"}};
 }
@@ -39,6 +44,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp", evaluate<double, false>, py::arg("x").noconvert());
   m.def("log", evaluate<float, true>, py::arg("x").noconvert(), "log x as the kernels compute it.");
   m.def("log", evaluate<double, true>, py::arg("x").noconvert());
+  m.def("arithmetic", arithmetic, py::arg("rounds"),
+        "Works through FMAs and subtractions of floats, as many of each, in registers; returns how many in all.");
   m.def("release_memory", release_large_blocks,
         "Gives the memory of freed results of 4 MB and more, kept for later ones, back to the system.");
 }

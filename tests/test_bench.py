@@ -14,7 +14,7 @@ from latent_engine.bench.table import markdown
 from latent_engine.bench.timing import Ceilings, Probes, Work, peak_memory, time_calls
 from latent_engine.system import Batch
 
-CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9, tape=1e-5)
+CEILINGS = Ceilings(bytes=1e10, fmas=1e11, exps=1e9, operations=1.5e11, tape=1e-5)
 
 
 def test_one_case_from_command_line_to_table(tmp_path, capsys):
@@ -41,7 +41,7 @@ def test_wrong_values_are_not_timed():
 
 def test_a_ceiling_is_the_most_that_its_probes_reach():
     probes = Probes("cpu")
-    assert "exp" in probes.of("exp") and probes.of("FMA").keys() == {"FMA"}
+    assert "exp" in probes.of("exp") and all(probes.of(one).keys() == {one} for one in ("bytes", "FMA", "operations"))
     for fastest in probes.of("exp"):
         seconds = {name: 1e-3 if name == fastest else 1.0 for name in probes.calls}
         assert probes.rate("exp", seconds) == probes.amounts[fastest] / 1e-3
@@ -95,6 +95,8 @@ def test_peers_of_an_em_iteration_find_the_same_mixture(kind, monkeypatch):
 def test_bound_is_the_slowest_resource():
     assert CEILINGS.bound(Work(bytes=1e10, fmas=1e10, exps=1e7)) == (1.0, "bytes")
     assert CEILINGS.bound(Work(bytes=0, fmas=1e12, exps=1e9)) == (10.0, "FMA")
+    assert CEILINGS.bound(Work(bytes=0, fmas=1e12, exps=1e9, additions=4e11)) == (10.0, "FMA")
+    assert CEILINGS.bound(Work(bytes=0, fmas=1e12, exps=1e9, additions=2e12)) == (20.0, "operations")
 
 
 def test_peak_memory_sees_what_a_call_allocates():

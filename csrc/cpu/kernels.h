@@ -15,11 +15,12 @@
 
 namespace latent_engine {
 
-// y = exp x or log x over n values, for the accuracy tests.
+// y = exp x or log x over n values, for the accuracy tests; the pace of arithmetic in registers, see probe.inl.
 template <class T>
 struct MathKernels {
   void (*exp)(const T* x, T* y, int64_t n);
   void (*log)(const T* x, T* y, int64_t n);
+  int64_t (*arithmetic)(int64_t rounds, T* out);
 };
 
 template <class T>

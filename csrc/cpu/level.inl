@@ -1,6 +1,7 @@
 // Everything that is compiled once per instruction-set level; included inside the level's namespace.
 #include "simd.inl"
 #include "special.inl"
+#include "probe.inl"
 #include "gmm.inl"
 #include "gmm_full.inl"
 #include "importance_reduce.inl"
@@ -22,7 +23,7 @@
 
 template <class T>
 static constexpr Kernels<T> level_kernels() {
-  return {{apply<T, exp<T>>, apply<T, log<T>>},
+  return {{apply<T, exp<T>>, apply<T, log<T>>, arithmetic<T>},
           gmm_kernels<T>(),
           gmm_full_kernels<T>(),
           pairwise_kl_kernels<T>(),
