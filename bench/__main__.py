@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     ceilings = measure_ceilings(options.device)
     print(f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s copied, {ceilings.fmas / 1e9:.0f} GFMA/s, "
-          f"{ceilings.exps / 1e9:.2f} Gexp/s, {ceilings.operations / 1e9:.0f} G operations/s, {1e6 * ceilings.tape:.1f} µs of autograd")
+          f"{ceilings.exps / 1e9:.2f} Gexp/s, {ceilings.operations / 1e9:.0f} G operations/s, "
+          f"{1e6 * ceilings.tape:.1f} µs of autograd")
     results = []
     for suite in suites:
         for case in (c for c in suite.cases if not options.case or c in options.case):

@@ -29,10 +29,12 @@ def inputs(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
 
 def work(case: str, backward: bool) -> Work:
     """A pair of one sample counts once. One FMA a pair and dimension for the distance, one for each of its two gradients;
-    13 a pair for the seven scales over one denominator, 12 more for their slope; one subtraction for the distance."""
+    13 a pair for the seven scales over one denominator, 12 more for their slope. One subtraction for the distance and,
+    since the slope comes between them, another for the gradients."""
     N, D = SIZES[case]
     pairs = N * (N - 1) + N * N
-    return Work(4 * 2 * N * D * (2 if backward else 1), pairs * (3 * D + 25 if backward else D + 13), 0, pairs * D)
+    return Work(4 * 2 * N * D * (2 if backward else 1), pairs * (3 * D + 25 if backward else D + 13), 0,
+                pairs * D * (2 if backward else 1))
 
 
 def plain(x: Tensor, y: Tensor) -> Tensor:

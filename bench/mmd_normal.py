@@ -42,11 +42,12 @@ def posteriors(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tens
 
 def points_work(case: str, backward: bool) -> Work:
     """Over the pairs i < j, a dimension: one FMA for the distance and one each for the gradients of both points. Scales cost
-    two polynomials in the distance, and a third for the derivative. The distance takes a subtraction."""
+    two polynomials in the distance, and a third for the derivative. The distance takes a subtraction, the gradients
+    another."""
     N, D = POINTS[case]
     pairs, scales = N * (N - 1) / 2, len(WIDTHS)
     return Work(4 * N * D * (2 if backward else 1), pairs * (D * (3 if backward else 1) + scales * (4 if backward else 2)),
-                N * len(nodes(False)[0]), pairs * D)
+                N * len(nodes(False)[0]), pairs * D * (2 if backward else 1))
 
 
 def posteriors_work(case: str, backward: bool) -> Work:

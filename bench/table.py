@@ -77,7 +77,8 @@ def _machine(runs: list[dict]) -> str:
     operations = f", {_range(both)} G operations/s of FMAs and additions in equal numbers" if both else ""
     tapes = _range([1e6 * run["ceilings"]["tape"] for run in runs if "tape" in run["ceilings"]])
     return (f"{hardware}; Python {machine['python']}, {versions}. Ceilings measured in the same runs: {bytes_} GB/s copied, "
-            f"{fmas} GFMA/s, {exps} Gexp/s{operations}; the least that a gradient through PyTorch's autograd takes: {tapes} µs.")
+            f"{fmas} GFMA/s, {exps} Gexp/s{operations}; the least that a gradient through PyTorch's autograd takes: {tapes} "
+            f"µs.")
 
 
 def _range(values: list[float]) -> str:

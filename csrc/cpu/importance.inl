@@ -12,12 +12,15 @@ static int64_t importance_ahead(int64_t S, int64_t row) {
   return S * row > cache ? std::min(kImportanceRows * row, most) : 0;
 }
 
+// Data points ahead of which dz is fetched for writing, where it has left the L2 cache since it was last written or read.
+constexpr int64_t kImportanceAhead = 4;
+
 // Always inlined: GCC drops calls of a function that does nothing but fetch.
-template <class T, int rows>
+template <class T, int rows, bool write>
 __attribute__((always_inline)) static inline void importance_prefetch(const T* z, int64_t stride, int64_t D, int64_t ahead) {
   if (ahead == 0) return;
   for (int i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < D; d += kGroup<T>) __builtin_prefetch(z + i * stride + d + ahead, 0, 2);
+    for (int64_t d = 0; d < D; d += kGroup<T>) __builtin_prefetch(z + i * stride + d + ahead, write, write ? 3 : 2);
 }
 
 // A mask of the lanes of the last, broken group of dimensions.
@@ -114,7 +117,7 @@ static void importance_rows(const ImportanceModel<T>& m, const ImportanceSamples
   const T *z = p.z + s * N * D, *mean = m.packed;
   T* log_w = p.log_w + s * N;
   for (int64_t n = 0; n < N; ++n, z += D, mean += 2 * m.padded, ++log_w) {
-    importance_prefetch<T, rows>(z, N * D, D, ahead);
+    importance_prefetch<T, rows, false>(z, N * D, D, ahead);
     T out[rows + kLanes<T>];  // room for whole vectors
     importance_distances<T, rows, normal_prior>(z, N * D, mean, mean + m.padded, D, tail,
                                                 ((s + rows - 1) * N + n) * D + m.padded <= end, out);
@@ -188,7 +191,8 @@ static void importance_gradient_rows(const ImportanceGradient<T>& p, int64_t s, 
     T coefs[rows];
     for (int i = 0; i < rows; ++i) coefs[i] = weights[i * N + n];
     const int64_t at = (s * N + n) * D;
-    importance_prefetch<T, rows>(p.z + at, N * D, D, ahead);
+    importance_prefetch<T, rows, false>(p.z + at, N * D, D, ahead);
+    if (use == ImportanceDz::stored) importance_prefetch<T, rows, true>(p.dz + at, N * D, D, kImportanceAhead * D);
     importance_gradient_tile<T, rows, normal_prior, use, need_posterior>(
         p.model, n, p.z + at, N * D, coefs, tail, at + (rows - 1) * N * D + padded <= p.S * N * D, n * D + padded <= N * D,
         p.dz + at, sums + n * 2 * padded);
