@@ -54,6 +54,11 @@ def test_special_values(isa, dtype):
     np.testing.assert_array_equal(native.cpp.log(x), np.array([-inf, inf, nan, 0, nan, nan], dtype))
 
 
+def test_arithmetic_counts_the_operations_of_whole_vectors(isa):
+    lanes = {"base": 4, "avx2": 8, "avx512": 16}[isa]
+    assert [native.cpp.arithmetic(rounds) for rounds in (0, 1, 3)] == [0, 16 * lanes, 48 * lanes]
+
+
 def test_unknown_level_is_refused():
     with pytest.raises(ValueError, match="unknown instruction-set level 'sse9'; the levels are base, avx2 and avx512"):
         native.cpp.set_cpu_isa("sse9")

@@ -6,6 +6,8 @@
 //     ∂log σ²_i = ½ [σ²_i Σ_j g_ij w_j − Σ_j g_ij + Σ_k g_ki − w_i Σ_k g_ki p_ki]
 
 constexpr int64_t kPairTile = 4;
+// Posteriors of a tile whose operations alternate: as many as the registers hold.
+constexpr int pair_step(bool gradients) { return LATENT_VECTOR_BYTES == 64 && !gradients ? 4 : 2; }
 constexpr int64_t kPairRows = 1024;    // first posteriors a block: their values and sums take 24 KB
 constexpr int64_t kPairColumns = 256;  // second posteriors whose sums are added up before they join the total
 constexpr int kPairSums = 3;           // for each posterior, in each of its roles
@@ -65,24 +67,39 @@ struct PairColumn {
       : mu(c.mu + d * c.stride), var(c.var + d * c.stride), inverse(c.inverse + d * c.stride) {}
 };
 
+// f(0), …, f(n − 1): with one operation of each in turn no instruction waits for the one before it, and the processor need not
+// look ahead as far as the next chain. Eq. 8 takes a quarter less time so on an Intel Xeon.
+template <int n, class F>
+static inline __attribute__((always_inline)) void together(const F& f) {
+#pragma GCC unroll 4
+  for (int t = 0; t < n; ++t) f(t);
+}
+
 // The tile of second posteriors j, …, j + 3 against first posteriors first, first + kGroup, … below last, with the weights that
 // `tile` gives. Sums of the first posteriors join rows[kPairSums][kPairRows], those of the second ones `sums`.
 template <class T, bool on_diagonal, class Tile>
 static inline __attribute__((always_inline)) void pair_steps(const PairColumn<T>& c, Tile& tile, int64_t j, int64_t first,
                                                              int64_t last, T* rows, Vec<T> (&sums)[kPairSums][kPairTile]) {
+  constexpr int step = pair_step(Tile::gradients);
   for (int64_t i = first; i < last; i += kGroup<T>, rows += kGroup<T>) {
     const Vec<T> mu = load(c.mu + i), var = load(c.var + i);
     Vec<T> g_sum = {}, gw_sum = {}, gwd_sum = {};
     if (Tile::gradients)
       g_sum = load(rows), gw_sum = load(rows + kPairRows), gwd_sum = load(rows + 2 * kPairRows);
 #pragma GCC unroll 4
-    for (int t = 0; t < kPairTile; ++t) {
-      const Vec<T> delta = mu - broadcast(c.mu[j + t]), p = delta * delta + var;
-      const Vec<T> g = tile.template weight<on_diagonal>(t, i, p);
+    for (int first_t = 0; first_t < kPairTile; first_t += step) {
+      Vec<T> delta[step], p[step], g[step];
+      together<step>([&](int t) { delta[t] = mu - broadcast(c.mu[j + first_t + t]); });
+      together<step>([&](int t) { p[t] = delta[t] * delta[t] + var; });
+      tile.template weights<on_diagonal>(first_t, i, p, g);
       if (!Tile::gradients) continue;
-      const Vec<T> gw = g * broadcast(c.inverse[j + t]);
-      g_sum += g, gw_sum += gw, gwd_sum += gw * delta;
-      sums[0][t] += g, sums[1][t] += g * delta, sums[2][t] += g * p;
+      Vec<T> gw[step];
+      together<step>([&](int t) { gw[t] = g[t] * broadcast(c.inverse[j + first_t + t]); });
+      together<step>([&](int t) { g_sum += g[t], gw_sum += gw[t], gwd_sum += gw[t] * delta[t]; });
+      together<step>([&](int t) {
+        Vec<T>&of_g = sums[0][first_t + t], &of_gd = sums[1][first_t + t], &of_gp = sums[2][first_t + t];
+        of_g += g[t], of_gd += g[t] * delta[t], of_gp += g[t] * p[t];
+      });
     }
     if (Tile::gradients)
       store(rows, g_sum), store(rows + kPairRows, gw_sum), store(rows + 2 * kPairRows, gwd_sum);

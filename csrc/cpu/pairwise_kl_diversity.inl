@@ -27,12 +27,21 @@ struct PairExp<double> {
 
 // 2^x for x below 100; 0 below the smallest normal result; NaN stays NaN. The argument is exact to its own rounding, so
 // unlike exp it needs no reduction in two parts: 2/3 of the time.
-template <class T>
-static inline Vec<T> exp2_below(Vec<T> x) {
+template <class T, int n>
+static inline __attribute__((always_inline)) void exp2_below(Vec<T> (&x)[n]) {
   using S = Simd<T>;
-  const Vec<T> shifted = x + S::biased_round, n = shifted - S::biased_round, r = x - n;
-  const Vec<T> y = scale<T>(horner(PairExp<T>::poly, r) * r + T(1), n, shifted);
-  return x < PairExp<T>::min ? Vec<T>{} : y;
+  constexpr auto& poly = PairExp<T>::poly;
+  constexpr int last = sizeof(poly) / sizeof(T) - 1;
+  Vec<T> shifted[n], whole[n], r[n], y[n];
+  together<n>([&](int t) { shifted[t] = x[t] + S::biased_round; });
+  together<n>([&](int t) { whole[t] = shifted[t] - S::biased_round; });
+  together<n>([&](int t) { r[t] = x[t] - whole[t]; });
+  together<n>([&](int t) { y[t] = r[t] * poly[last] + poly[last - 1]; });
+#pragma GCC unroll 16
+  for (int k = last - 2; k >= 0; --k) together<n>([&](int t) { y[t] = y[t] * r[t] + poly[k]; });
+  together<n>([&](int t) { y[t] = y[t] * r[t] + T(1); });
+  together<n>([&](int t) { y[t] = scale<T>(y[t], whole[t], shifted[t]); });
+  together<n>([&](int t) { x[t] = x[t] < PairExp<T>::min ? Vec<T>{} : y[t]; });
 }
 
 template <class T, bool need_gradients>
@@ -43,12 +52,16 @@ struct SoftplusTile {
   T factors[kPairTile], offsets[kPairTile];
   Vec<T> q[kPairTile];
 
-  template <bool on_diagonal>
-  inline __attribute__((always_inline)) Vec<T> weight(int t, int64_t i, Vec<T> p) {
-    Vec<T> e = exp2_below<T>(p * broadcast(factors[t]) + (load(halves + i) + broadcast(offsets[t])));
-    if (on_diagonal) e = lane_numbers<T>(i - j) == T(t) ? Vec<T>{} : e;
-    q[t] = q[t] * e + (q[t] + e);
-    return e / (e + T(1));
+  // Those of the posteriors j + first, … of the tile.
+  template <bool on_diagonal, int n>
+  inline __attribute__((always_inline)) void weights(int first, int64_t i, const Vec<T> (&p)[n], Vec<T> (&g)[n]) {
+    const Vec<T> half = load(halves + i);
+    Vec<T> e[n];
+    together<n>([&](int t) { e[t] = p[t] * broadcast(factors[first + t]) + (half + broadcast(offsets[first + t])); });
+    exp2_below<T>(e);
+    if (on_diagonal) together<n>([&](int t) { e[t] = lane_numbers<T>(i - j) == T(first + t) ? Vec<T>{} : e[t]; });
+    together<n>([&](int t) { q[first + t] = q[first + t] * e[t] + (q[first + t] + e[t]); });
+    together<n>([&](int t) { g[t] = e[t] / (e[t] + T(1)); });
   }
 };
 
