@@ -20,6 +20,7 @@ from .timing import Work
 WIDTHS = tuple(2 * s for s in WAE_SCALES)  # of the kernels, in units of D
 POINTS = {"mmd-normal-points": (4096, 64)}
 POSTERIORS = {"mmd-normal-posteriors": (256, 64)}
+NARROW_NODES = 5  # beside the variances of these posteriors
 
 
 def nodes(posteriors: bool) -> tuple[list[float], list[float]]:
@@ -51,13 +52,16 @@ def points_work(case: str, backward: bool) -> Work:
 
 
 def posteriors_work(case: str, backward: bool) -> Work:
-    """Over the pairs i < j, a dimension and node: numerator and denominator of Σ δ²/t, three operations; for the gradients a
-    product and an FMA with 1/t, and 9/4 for that with a fourth of a division. One addition makes t, for the gradients again,
-    where one more adds up the products."""
+    """Over the pairs i < j, as the C++ kernels do it. A dimension and node of those that are narrow beside the variances:
+    numerator and denominator of Σ δ²/t, three operations; for the gradients a product and an FMA with 1/t, and 9/4 for that
+    with a fourth of a division. One addition makes t, for the gradients again, where one more adds up the products. A
+    dimension, for all other nodes: 15 moments and their powers; for the gradients two polynomials of degree 7 and what turns
+    the sums into them. A node of these: two sums over the moments, for the gradients one of each polynomial's coefficients."""
     N, D = POSTERIORS[case]
-    terms = N * (N - 1) / 2 * len(nodes(True)[0])
-    return Work(8 * N * D * (2 if backward else 1), terms * D * (7.25 if backward else 3), terms,
-                terms * D * (3 if backward else 1))
+    pairs, wide = N * (N - 1) / 2, len(nodes(True)[0]) - NARROW_NODES
+    fmas = D * (15 + 3 * NARROW_NODES) + 15 * wide + backward * (D * (15 + 4.25 * NARROW_NODES) + 16 * wide)
+    additions = D * (10 + NARROW_NODES) + backward * D * (2 + 2 * NARROW_NODES)
+    return Work(8 * N * D * (2 if backward else 1), pairs * fmas, pairs * len(nodes(True)[0]), pairs * additions)
 
 
 def _imq(squares: Tensor) -> Tensor:

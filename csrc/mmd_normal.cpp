@@ -2,13 +2,16 @@
 // kernels/mmd_normal.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "binding.h"
+#include "mmd_normal_wide.h"
 
 namespace latent_engine {
 namespace {
@@ -68,14 +71,17 @@ GaussianSum<T> smoothed(const std::vector<double>& rates, const std::vector<doub
   return {count, memory, memory + count, nullptr, nullptr, nullptr};
 }
 
-// The nodes for pairs that each have variances of their own.
+// The nodes for pairs that each have variances of their own, in descending order of width.
 template <class T>
 GaussianSum<T> unsmoothed(const std::vector<double>& rates, const std::vector<double>& weights, int64_t D, T* memory) {
-  const int64_t nodes = static_cast<int64_t>(rates.size()), count = round_up(nodes, GaussianSum<T>::kNodes);
+  const int64_t count = static_cast<int64_t>(rates.size());
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rates[a] < rates[b]; });
   T *const w = memory, *const widths = w + count, *const powers = widths + count, *const rests = powers + count;
   for (int64_t q = 0; q < count; ++q) {
-    w[q] = q < nodes ? static_cast<T>(weights[q]) : T(0);
-    widths[q] = static_cast<T>(0.5 / rates[std::min(q, nodes - 1)]);
+    w[q] = static_cast<T>(weights[order[q]]);
+    widths[q] = static_cast<T>(0.5 / rates[order[q]]);
     // Its absolute error is the relative one of the expectation: in double 7e-15 at D = 7 and a width of 2800, and more with D.
     const long double bits = D * std::log2(static_cast<long double>(widths[q])), whole = std::floor(bits);
     powers[q] = static_cast<T>(whole), rests[q] = static_cast<T>((bits - whole) * 0.69314718055994530942L);
@@ -121,8 +127,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
   const int64_t stride = round_up(N, kPanelRows) + 16, size = stride * D;
   const int64_t nodes = static_cast<int64_t>(rates.size()), work = log_var ? 4 * D * nodes : 2 * D + 32;
   const bool gradient = need_x || need_log_var;
-  const int64_t gradients = gradient ? size : 0, tables = 4 * round_up(nodes, GaussianSum<T>::kNodes);
-  Arena<T> arena(Scratch::launch, size, log_var ? size : 0, gradients, log_var ? gradients : 0, tables, tables, kMaxPanels);
+  const int64_t gradients = gradient ? size : 0, tables = 4 * nodes, polynomials = 3 * WideNodes<T>::kTerms * nodes;
+  Arena<T> arena(Scratch::launch, size, log_var ? size : 0, gradients, log_var ? gradients : 0, tables, tables, kMaxPanels,
+                 kMaxPanels, polynomials);
   Tensor value = empty(x, {}), dx = empty(x, {need_x ? N : 0, need_x ? D : 0});
   Tensor dlog_var = empty(x, {need_log_var ? N : 0, need_log_var ? D : 0});
   const auto groups = imq_groups<T>(widths, squared_unit);
@@ -141,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
   if (log_var) {
     p.log_var = log_var->const_data_ptr<T>();
     p.log_var_strides[0] = log_var->stride(0), p.log_var_strides[1] = log_var->stride(1);
-    p.vt = arena.take(size), p.dvt = gradient ? arena.take(size) : nullptr, p.largest = arena.take(kMaxPanels);
+    p.vt = arena.take(size), p.dvt = gradient ? arena.take(size) : nullptr;
+    p.largest = arena.take(kMaxPanels), p.mean = arena.take(kMaxPanels);
     p.cross = unsmoothed(rates, weights, D, arena.take(tables));
     if (need_log_var) p.dlog_var = dlog_var.mutable_data_ptr<T>();
   } else {
@@ -152,6 +160,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
 
   const int64_t panels = ceil_div(N, p.panel);
   double sums[kMaxPanels];
+  for_each_task(panels, [&](int64_t panel) { kernels<T>().mmd_normal.pack(p, panel); });
+  if (log_var) {
+    const T largest = *std::max_element(p.largest, p.largest + panels);
+    p.span = largest + std::max(largest, p.prior_variance);
+    const double mean = std::accumulate(p.mean, p.mean + panels, 0.0) / double(panels);
+    p.wide = wide_nodes(p.cross, p.span, 2 * mean, D, arena.take(polynomials));
+  }
   for_each_task(panels, [&](int64_t panel) { sums[panel] = kernels<T>().mmd_normal.rows(p, panel); });
   double total = constant + sum_over_pairs(panels, [&](int64_t a, int64_t b) { return kernels<T>().mmd_normal.pairs(p, a, b); });
   for (int64_t panel = 0; panel < panels; ++panel) total += sums[panel];

@@ -197,6 +197,26 @@ def test_wide_kernels_keep_all_digits(implementation, D):
         check(sample("posteriors", 3, D, dtype, device), backend, kernel="gaussian", scales=(400.0,))
 
 
+@pytest.mark.parametrize("log_var", [-20.0, -5.0, -2.0, 1.0, 4.0])
+def test_variances_of_any_size_beside_the_kernels(implementation, log_var):
+    """From variances that are small beside every kernel to some that are large beside all: no, some and all nodes need them
+    dimension by dimension."""
+    backend, device = implementation
+    for (N, D), dtype in itertools.product([(5, 3)] if device == "cpu" and backend == "triton" else [(20, 3), (18, 150)],
+                                           dtypes_of(backend)):
+        x, noise = sample("posteriors", N, D, dtype, device)
+        check([x, noise + log_var], backend, kernel="imq", tolerance=1e-3)
+
+
+def test_infinitely_far_posteriors_do_not_count(implementation):
+    backend, device = implementation
+    x, log_var = sample("posteriors", rows(implementation, 20), 5, device=device)
+    x[3, 1] = 1e18
+    far = mmd2_to_normal(x, log_var, backend=backend, tolerance=FEW_NODES)
+    x[3, 1] = torch.inf
+    assert far == mmd2_to_normal(x, log_var, backend=backend, tolerance=FEW_NODES)
+
+
 def test_extremes_stay_finite(implementation):
     """Log-variances of ±30, points far away, identical points, a mean offset of 1e3."""
     backend, device = implementation

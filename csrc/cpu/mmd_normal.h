@@ -17,14 +17,22 @@ struct ImqGroup {
   T p[kMost], q[kMost], r[2 * kMost - 1];  // ascending powers
 };
 
-// The nodes of a sum of Gaussian kernels, padded with weights of zero to whole kNodes.
+// A sum of Gaussian kernels. Posteriors have their nodes in descending order of the widths 1/(2a).
 template <class T>
 struct GaussianSum {
-  static constexpr int64_t kNodes = 8;
   int64_t count;
   const T *rates, *weights;
-  // Posteriors: the width 1/(2a), and D log2 of it as a whole number and a rest in nats.
-  const T *widths, *powers, *rests;
+  const T *widths, *powers, *rests;  // of posteriors; D log2 of a width is a whole number and a rest in nats
+};
+
+// Nodes so wide beside the variances that polynomials in u = scale·s − center stand for the functions of t = s + width:
+// log(t / width), 1/t and 1/t². The first coefficient of the logarithm is that of all D dimensions.
+template <class T>
+struct WideNodes {
+  static constexpr int kTerms = 8;
+  int64_t count;
+  T scale, center;
+  const T *weights, *log_t, *inverse, *inverse_square;  // the polynomials are [count][kTerms], in ascending powers
 };
 
 // Rows in panels. `panel` is a multiple of kGroupRows; the arrays [D][stride] hold all panels in full.
@@ -36,8 +44,10 @@ struct NormalMmd {
   T unit, prior_variance;  // reciprocal of the unit of length; σ² in squared units
   T *xt, *vt;    // [D][stride]
   T *dxt, *dvt;  // the gradients of the value, or null: both or none of them for posteriors
-  T* largest;    // [panels] the largest variance, for posteriors
-  GaussianSum<T> cross;
+  T *largest, *mean;  // [panels] variances of posteriors
+  T span;             // no sum of two variances is larger
+  WideNodes<T> wide;
+  GaussianSum<T> cross;  // the other nodes of posteriors; all of points
   GaussianSum<T> pairs;        // Gaussian kernels between points; count 0: `imq`
   const ImqGroup<T>* imq;
   int64_t imq_count;
@@ -47,7 +57,8 @@ struct NormalMmd {
 
 template <class T>
 struct NormalMmdKernels {
-  double (*rows)(const NormalMmd<T>&, int64_t panel);  // packs a panel, its cross term and the pairs inside
+  void (*pack)(const NormalMmd<T>&, int64_t panel);
+  double (*rows)(const NormalMmd<T>&, int64_t panel);  // the cross term of a panel and the pairs inside
   double (*pairs)(const NormalMmd<T>&, int64_t panel, int64_t other);
   void (*finish)(const NormalMmd<T>&, int64_t panel);  // writes the gradients of a panel
 };

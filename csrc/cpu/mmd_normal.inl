@@ -35,11 +35,15 @@ static double mmd_normal_pairs(const NormalMmd<T>& p, int64_t panel, int64_t oth
 }
 
 template <class T>
-static double mmd_normal_rows(const NormalMmd<T>& p, int64_t panel) {
-  const int64_t first = panel * p.panel, last = std::min(p.N, first + p.panel), n = last - first;
-  const int64_t padded = std::min(p.stride, first + p.panel) - first;
+static void mmd_normal_pack(const NormalMmd<T>& p, int64_t panel) {
+  const int64_t first = panel * p.panel, n = std::min(p.panel, p.N - first), padded = std::min(p.panel, p.stride - first);
   mmd_pack(p.x, p.x_strides, first, n, padded, p.D, p.unit, p.xt, p.stride);
   if (p.vt) mmd_pack_variances(p, panel, padded);
+}
+
+template <class T>
+static double mmd_normal_rows(const NormalMmd<T>& p, int64_t panel) {
+  const int64_t first = panel * p.panel, last = std::min(p.N, first + p.panel);
   return (p.vt ? mmd_posteriors_cross(p, panel) : mmd_points_cross(p, first, last)) + mmd_normal_pairs(p, panel, panel);
 }
 
@@ -60,5 +64,5 @@ static void mmd_normal_finish(const NormalMmd<T>& p, int64_t panel) {
 
 template <class T>
 static constexpr NormalMmdKernels<T> mmd_normal_kernels() {
-  return {mmd_normal_rows<T>, mmd_normal_pairs<T>, mmd_normal_finish<T>};
+  return {mmd_normal_pack<T>, mmd_normal_rows<T>, mmd_normal_pairs<T>, mmd_normal_finish<T>};
 }

@@ -20,7 +20,7 @@ LARGEST_VARIANCE = 1e27  # as good as infinite: the expectation is below 1e-12
 def _expectation(delta, variances, rates, weights, nodes, GRADIENT: tl.constexpr):
     """Σ_q w_q E exp(−a_q |u|²) over u ~ N(δ, diag variances), and Σ_q e_q r_q, Σ_q e_q r_q² with r = 2a / (1 + 2a s)."""
     square = delta * delta
-    value = tl.sum(square, 1) * 0
+    value = tl.zeros_like(tl.sum(square, 1))
     first = tl.zeros_like(delta)
     second = tl.zeros_like(delta)
     for q in range(nodes):
