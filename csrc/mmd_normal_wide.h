@@ -65,7 +65,7 @@ WideNodes<T> wide_nodes(GaussianSum<T>& nodes, double span, double mean, int64_t
     std::copy(third.begin(), third.end(), inverse_square + q * terms);
   }
   const WideNodes<T> wide{count, static_cast<T>(1 / h), static_cast<T>(center), nodes.weights, log_t, inverse, inverse_square};
-  nodes = {nodes.count - count, nullptr, nodes.weights + count, nodes.widths + count, nodes.powers + count, nodes.rests + count};
+  nodes.count -= count, nodes.weights += count, nodes.widths += count, nodes.powers += count, nodes.rests += count;
   return wide;
 }
 

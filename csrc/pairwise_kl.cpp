@@ -64,45 +64,76 @@ int64_t column_parts(const Posteriors<T>& batch, int64_t work) {
 
 // Few dimensions are cut into splits of the second posteriors, so that there are tasks enough.
 template <class T>
-PairTasks<T> cut(const Posteriors<T>& batch) {
+PairTasks<T> cut(const Posteriors<T>& batch, T scale) {
   const int64_t stride = padded<T>(batch.N);
   const int64_t splits = std::clamp<int64_t>(kFewTasks / std::max<int64_t>(batch.D, 1), 1, std::max<int64_t>(stride / 256, 1));
   const int64_t columns = padded<T>(ceil_div(stride, splits));
-  return {ceil_div(stride, columns), columns, T(0), nullptr};
+  return {ceil_div(stride, columns), columns, scale, nullptr};
 }
 
-template <class T, class F>
-void run_pair_tasks(const Posteriors<T>& batch, const PairTasks<T>& tasks, int64_t work, const F& f) {
-  in_parts(batch.D * tasks.splits, batch.N * tasks.columns * work, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) f(task);
-  });
-}
-
+// Multiplications of a pair and dimension.
 template <class T>
-void collect(const Posteriors<T>& batch, const PairColumns<T>& columns, const PairTasks<T>& tasks, const Tensor& unit) {
-  in_parts(batch.N, 4 * tasks.splits * batch.D, [&](int64_t first, int64_t last) {
-    ops<T>().collect(batch, columns, tasks, unit.mutable_data_ptr<T>(), first, last);
+int64_t pair_work(const PairwiseKlDiversity<T>& p) {
+  return p.gradients ? 22 : 12;
+}
+
+// Σ softplus(−KL_d) with posteriors across lanes; the gradients in p.gradients unless null.
+template <class T>
+double column_diversity(PairwiseKlDiversity<T> p) {
+  const Posteriors<T>& batch = p.batch;
+  const int64_t size = batch.D * padded<T>(batch.N);
+  p.tasks = cut(batch, p.tasks.scale);
+  const int64_t gradients = p.gradients ? 2 * p.tasks.splits * size : 0;
+  Arena<T> arena(Scratch::launch, size, size, size, size, gradients);
+  p.columns = columns_of(
+      arena, batch, column_parts(batch, kColumnWork),
+      [&](const PairColumns<T>& c, int64_t first, int64_t last) { ops<T>().halves(batch, c, first, last); }, [](auto...) {});
+  if (p.gradients) p.tasks.gradients = arena.take(gradients);
+  std::vector<double> sums(batch.D * p.tasks.splits);
+  p.sums = sums.data();
+  in_parts(batch.D * p.tasks.splits, batch.N * p.tasks.columns * pair_work(p), [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) ops<T>().diversity(p, task);
   });
+  if (p.gradients)
+    in_parts(batch.N, 4 * p.tasks.splits * batch.D, [&](int64_t first, int64_t last) {
+      ops<T>().collect(batch, p.columns, p.tasks, p.gradients, first, last);
+    });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// The same with dimensions across lanes.
+template <class T>
+double line_diversity(PairwiseKlDiversity<T> p) {
+  const int64_t N = p.batch.N, D = p.batch.D, group = 64 / sizeof(T), lines = ceil_div(D, group);
+  const int64_t wanted = std::clamp<int64_t>(kFewTasks / std::max<int64_t>(lines, 1), 1, std::max<int64_t>(N / 64, 1));
+  p.tasks.columns = round_up(ceil_div(N, wanted), kPairTile), p.tasks.splits = ceil_div(N, p.tasks.columns);
+  const int64_t splits = p.tasks.splits, size = lines * group * round_up(N, kPairTile);
+  const int64_t gradients = p.gradients && splits > 1 ? 2 * splits * size : 0;
+  Arena<T> arena(Scratch::launch, gradients);
+  p.tasks.gradients = arena.take(gradients);
+  std::vector<double> sums(lines * splits);
+  p.sums = sums.data();
+  in_parts(lines * splits, group * N * p.tasks.columns * pair_work(p), [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) ops<T>().lines_diversity(p, task);
+  });
+  if (gradients)
+    in_parts(N, 4 * splits * D, [&](int64_t first, int64_t last) { ops<T>().lines_collect(p, first, last); });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 template <class T>
 std::tuple<Tensor, Tensor> diversity(const Tensor& mu, const Tensor& log_var, bool need_grad) {
-  const Posteriors<T> batch = posteriors<T>(mu, log_var);
-  const int64_t size = batch.D * padded<T>(batch.N);
-  PairTasks<T> tasks = cut(batch);
-  Tensor value = empty(mu, {}), unit = empty(mu, {need_grad ? 2 : 0, batch.N, batch.D});
-  Arena<T> arena(Scratch::launch, size, size, size, size, need_grad ? 2 * tasks.splits * size : 0);
-  const PairColumns<T> columns = columns_of(
-      arena, batch, column_parts(batch, kColumnWork),
-      [&](const PairColumns<T>& c, int64_t first, int64_t last) { ops<T>().halves(batch, c, first, last); }, [](auto...) {});
-  const double pairs = static_cast<double>(batch.N) * (batch.N - 1);
-  tasks.scale = static_cast<T>(-1 / pairs);
-  if (need_grad) tasks.gradients = arena.take(2 * tasks.splits * size);
-  std::vector<double> sums(batch.D * tasks.splits);
-  const PairwiseKlDiversity<T> p{batch, columns, tasks, sums.data()};
-  run_pair_tasks(batch, tasks, need_grad ? 22 : 12, [&](int64_t task) { ops<T>().diversity(p, task); });
-  if (need_grad) collect(batch, columns, tasks, unit);
-  *value.mutable_data_ptr<T>() = static_cast<T>(std::accumulate(sums.begin(), sums.end(), 0.0) / pairs);
+  const int64_t N = mu.size(0), D = mu.size(1);
+  Tensor value = empty(mu, {}), unit = empty(mu, {need_grad ? 2 : 0, N, D});
+  const double pairs = static_cast<double>(N) * (N - 1);
+  PairwiseKlDiversity<T> p{posteriors<T>(mu, log_var), {}, {}};
+  p.tasks.scale = static_cast<T>(-1 / pairs);
+  p.gradients = need_grad ? unit.mutable_data_ptr<T>() : nullptr;
+  // Beside the lanes that stay empty, columns pay for sums over lanes: as if there were 40 posteriors more.
+  const int64_t group = 64 / sizeof(T);
+  const bool lines = round_up(D, group) * N <= D * (round_up(N, group) + 40);
+  const double total = lines ? line_diversity(p) : column_diversity(p);
+  *value.mutable_data_ptr<T>() = static_cast<T>(total / pairs);
   return {value, unit};
 }
 

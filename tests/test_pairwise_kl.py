@@ -217,7 +217,7 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
     backend, device = implementation
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter is too slow for sizes that need several blocks")
-    sizes = (1100, 2), (90, 60), (700, 40), (300, 90), (10, 3001)
+    sizes = (1100, 2), (90, 60), (300, 16), (700, 40), (300, 90), (10, 3001)
     same_at_any_threads(lambda: [t for size in sizes for t in run(
         posteriors(*size, device=device), torch.ones(size[1], device=device), backend).values()])
 
@@ -225,13 +225,13 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
 @needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
     same_at_avx2_and_avx512(lambda: [
-        t for size in (*SIZES, (1100, 2), (300, 90)) for dtype in (torch.float32, torch.float64)
+        t for size in (*SIZES, (1100, 2), (300, 16), (300, 90)) for dtype in (torch.float32, torch.float64)
         for t in run(posteriors(*size, dtype), torch.ones(size[1], dtype=dtype), "cpp").values()])
 
 
 def test_blocks_of_rows_and_splits_of_columns():
-    """More rows than a block, few dimensions and not so few: agrees with float64."""
-    for N, D in ((1500, 1), (300, 90), (1001, 70)):
+    """More rows than a block, few dimensions and not so few, whole cache lines of them or not: agrees with float64."""
+    for N, D in ((1500, 1), (300, 16), (300, 90), (1001, 70)):
         inputs = posteriors(N, D)
         found = run(inputs, torch.ones(D), None)
         for name, e in run([t.double() for t in inputs], torch.ones(D, dtype=torch.float64), "reference").items():

@@ -11,6 +11,7 @@
 #include "logistic_mixture.inl"
 #include "pairwise_kl.inl"
 #include "pairwise_kl_diversity.inl"
+#include "pairwise_kl_lines.inl"
 #include "pairwise_kl_mean.inl"
 #include "pairwise_kl_std.inl"
 #include "pairwise_kl_gram.inl"

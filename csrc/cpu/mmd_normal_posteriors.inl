@@ -112,7 +112,8 @@ static inline void mmd_reciprocals(const Vec<T> (&t)[n], Vec<T> (&r)[n]) {
 
 // Adds Σ e / t and Σ e / t² over n nodes from `node` to `first` and `second`.
 template <class T, bool in_range, int n>
-static inline void mmd_add_slopes(const GaussianSum<T>& sum, int64_t node, Vec<T> s, const T* e, Vec<T>& first, Vec<T>& second) {
+static inline void mmd_add_slopes(const GaussianSum<T>& sum, int64_t node, Vec<T> s, const T* e, Vec<T>& first,
+                                  Vec<T>& second) {
   Vec<T> t[n], r[n];
 #pragma GCC unroll 4
   for (int k = 0; k < n; ++k) t[k] = s + sum.widths[node + k];

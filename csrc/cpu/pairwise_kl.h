@@ -13,6 +13,7 @@ struct Posteriors {
 };
 
 constexpr int64_t kPairDims = 16;  // dimensions of a block of columns: a cache line
+constexpr int64_t kPairTile = 4;   // second posteriors that share what is loaded of a first one
 
 // The batch by dimension, [D][stride]: rows are padded to whole groups of 64 bytes, with σ² = 1 / σ² = 0.
 template <class T>
@@ -21,12 +22,13 @@ struct PairColumns {
   T *mu, *log_var, *var, *inverse;
 };
 
-// A weighted sum over ordered pairs, cut into D × splits tasks: one dimension, and `columns` of the second posteriors.
+// A weighted sum over ordered pairs, cut into D × splits tasks: one dimension, and `columns` of the second posteriors. Or into
+// lines × splits: a cache line of dimensions.
 template <class T>
 struct PairTasks {
   int64_t splits, columns;
   T scale;            // of the weights
-  T* gradients;       // [splits][2][D][stride]: with respect to mu and log_var; null if not needed
+  T* gradients;       // [splits][2][D or lines][stride]: with respect to mu and log_var; null if not needed
 };
 
 template <class T>
@@ -34,7 +36,8 @@ struct PairwiseKlDiversity {
   Posteriors<T> batch;
   PairColumns<T> columns;
   PairTasks<T> tasks;
-  double* sums;  // [D · splits]: Σ softplus(−KL_d) of each task
+  double* sums;  // [D · splits] or [lines · splits]: Σ softplus(−KL_d) of each task
+  T* gradients;  // [2][N][D] or null
 };
 
 // Sums over the rows for each dimension, with m = μ − centre and w = 1 / σ²; the rows of the tensor `moments`.
@@ -115,6 +118,8 @@ struct PairwiseKlKernels {
 
   void (*halves)(const Posteriors<T>&, const PairColumns<T>&, int64_t first, int64_t last);  // before `diversity`
   void (*diversity)(const PairwiseKlDiversity<T>&, int64_t task);
+  void (*lines_diversity)(const PairwiseKlDiversity<T>&, int64_t task);
+  void (*lines_collect)(const PairwiseKlDiversity<T>&, int64_t first, int64_t last);  // of rows, where there are splits
 
   void (*moments)(const PairwiseKlMean<T>&, int64_t part, int64_t first, int64_t last);  // of dimensions
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions

@@ -1,14 +1,13 @@
-// See pairwise_kl.h. One dimension at a time, so that its rows stay in the L1 cache: first posteriors i lie across lanes, a
-// tile of four second posteriors j is broadcast. A pair of one dimension needs δ = μ_i − μ_j and p = σ²_i + δ². For weights
-// g_ij of KL_d(i‖j) the gradients come from sums over j for each i, and over i for each j:
+// See pairwise_kl.h. One dimension at a time, with posteriors across lanes, or a cache line of dimensions: what a task needs
+// stays in the L1 cache. A tile is four second posteriors j against first ones i. A pair of one dimension needs δ = μ_i − μ_j
+// and p = σ²_i + δ². For weights g_ij of KL_d(i‖j) the gradients come from sums over j for each i, and over i for each j:
 //
 //     ∂μ_i = Σ_j g_ij δ_ij w_j − w_i Σ_k g_ki δ_ki                                    w = 1 / σ²
 //     ∂log σ²_i = ½ [σ²_i Σ_j g_ij w_j − Σ_j g_ij + Σ_k g_ki − w_i Σ_k g_ki p_ki]
 
-constexpr int64_t kPairTile = 4;
 // Posteriors of a tile whose operations alternate: as many as the registers hold.
 constexpr int pair_step(bool gradients) { return LATENT_VECTOR_BYTES == 64 && !gradients ? 4 : 2; }
-constexpr int64_t kPairRows = 1024;    // first posteriors a block: their values and sums take 24 KB
+constexpr int64_t kPairRows = 1024;    // values of first posteriors a block: with their sums they take 24 KB
 constexpr int64_t kPairColumns = 256;  // second posteriors whose sums are added up before they join the total
 constexpr int kPairSums = 3;           // for each posterior, in each of its roles
 
@@ -32,6 +31,15 @@ template <int most, class F>
 static inline void in_tiles(int64_t n, const F& f, int64_t first = 0) {
   for (; first + most <= n; first += most) f(std::integral_constant<int, most>{}, first);
   if constexpr (most > 1) in_tiles<most - 1>(n, f, first);
+}
+
+// The first n lanes of values that are `stride` apart, zero in the others.
+template <class T>
+static inline Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_lanes(p, n);
+  T lanes[kLanes<T>] = {};
+  for (int64_t k = 0; k < std::min<int64_t>(n, kLanes<T>); ++k) lanes[k] = p[k * stride];
+  return load(lanes);
 }
 
 template <class T>
@@ -58,52 +66,12 @@ static inline Vec<T> lane_numbers(int64_t first) {
   return numbers + T(first);
 }
 
-// One dimension of the batch.
-template <class T>
-struct PairColumn {
-  const T *mu, *var, *inverse;
-
-  PairColumn(const PairColumns<T>& c, int64_t d)
-      : mu(c.mu + d * c.stride), var(c.var + d * c.stride), inverse(c.inverse + d * c.stride) {}
-};
-
 // f(0), …, f(n − 1): with one operation of each in turn no instruction waits for the one before it, and the processor need not
 // look ahead as far as the next chain. Eq. 8 takes a quarter less time so on an Intel Xeon.
 template <int n, class F>
 static inline __attribute__((always_inline)) void together(const F& f) {
 #pragma GCC unroll 4
   for (int t = 0; t < n; ++t) f(t);
-}
-
-// The tile of second posteriors j, …, j + 3 against first posteriors first, first + kGroup, … below last, with the weights that
-// `tile` gives. Sums of the first posteriors join rows[kPairSums][kPairRows], those of the second ones `sums`.
-template <class T, bool on_diagonal, class Tile>
-static inline __attribute__((always_inline)) void pair_steps(const PairColumn<T>& c, Tile& tile, int64_t j, int64_t first,
-                                                             int64_t last, T* rows, Vec<T> (&sums)[kPairSums][kPairTile]) {
-  constexpr int step = pair_step(Tile::gradients);
-  for (int64_t i = first; i < last; i += kGroup<T>, rows += kGroup<T>) {
-    const Vec<T> mu = load(c.mu + i), var = load(c.var + i);
-    Vec<T> g_sum = {}, gw_sum = {}, gwd_sum = {};
-    if (Tile::gradients)
-      g_sum = load(rows), gw_sum = load(rows + kPairRows), gwd_sum = load(rows + 2 * kPairRows);
-#pragma GCC unroll 4
-    for (int first_t = 0; first_t < kPairTile; first_t += step) {
-      Vec<T> delta[step], p[step], g[step];
-      together<step>([&](int t) { delta[t] = mu - broadcast(c.mu[j + first_t + t]); });
-      together<step>([&](int t) { p[t] = delta[t] * delta[t] + var; });
-      tile.template weights<on_diagonal>(first_t, i, p, g);
-      if (!Tile::gradients) continue;
-      Vec<T> gw[step];
-      together<step>([&](int t) { gw[t] = g[t] * broadcast(c.inverse[j + first_t + t]); });
-      together<step>([&](int t) { g_sum += g[t], gw_sum += gw[t], gwd_sum += gw[t] * delta[t]; });
-      together<step>([&](int t) {
-        Vec<T>&of_g = sums[0][first_t + t], &of_gd = sums[1][first_t + t], &of_gp = sums[2][first_t + t];
-        of_g += g[t], of_gd += g[t] * delta[t], of_gp += g[t] * p[t];
-      });
-    }
-    if (Tile::gradients)
-      store(rows, g_sum), store(rows + kPairRows, gw_sum), store(rows + 2 * kPairRows, gwd_sum);
-  }
 }
 
 // a and b hold blocks of lanes: the lower half of every block plus its upper half.
@@ -141,46 +109,100 @@ static inline void add_lane_sums(const Vec<T> (&parts)[kPairTile][64 / LATENT_VE
   for (int t = 0; t < kPairTile; ++t) out[t] += sums[t];
 }
 
-// All pairs of the first posteriors [i0, i1) and the second ones [j0, j1), whole groups both.
-template <class T, class Weights>
-static void pair_block(const PairColumn<T>& c, Weights& weights, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* rows,
+// One dimension of the batch: first posteriors lie across lanes, a second one is broadcast.
+template <class T>
+struct PairColumn {
+  static constexpr int64_t kDiagonal = kGroup<T>;  // values of first posteriors among which the second ones of a tile are
+  const T *mu, *var, *inverse, *halves;
+
+  PairColumn(const PairColumns<T>& c, int64_t d)
+      : mu(c.mu + d * c.stride), var(c.var + d * c.stride), inverse(c.inverse + d * c.stride),
+        halves(c.log_var + d * c.stride) {}
+
+  static Vec<T> second(const T* values, int64_t j, int64_t) { return broadcast(values[j]); }
+  static int64_t diagonal(int64_t j) { return j / kGroup<T> * kGroup<T>; }
+
+  // e of the first posteriors from i on, 0 for j itself.
+  static Vec<T> without(Vec<T> e, int64_t i, int64_t j) { return lane_numbers<T>(i - j) == T(0) ? Vec<T>{} : e; }
+
+  // Adds the sums of a tile of second posteriors to those in `sums`.
+  static void add(const Vec<T> (&parts)[kPairTile][64 / LATENT_VECTOR_BYTES], T* sums, int64_t j) {
+    add_lane_sums<T>(parts, sums + j);
+  }
+};
+
+// The tile of second posteriors j, …, j + 3 against the first posteriors of the values first, first + kGroup, … below last,
+// with the weights that `tile` gives. Sums of the first posteriors join rows[kPairSums][kPairRows], those of the second ones
+// `sums`. `lane` is that of the register in its group.
+template <class T, bool on_diagonal, class Layout, class Tile>
+static inline __attribute__((always_inline)) void pair_steps(const Layout& c, Tile& tile, int64_t j, int64_t lane,
+                                                             int64_t first, int64_t last, T* rows,
+                                                             Vec<T> (&sums)[kPairSums][kPairTile]) {
+  constexpr int step = pair_step(Tile::gradients);
+  rows += lane;
+  for (int64_t i = first + lane; i < last; i += kGroup<T>, rows += kGroup<T>) {
+    const Vec<T> mu = load(c.mu + i), var = load(c.var + i);
+    Vec<T> g_sum = {}, gw_sum = {}, gwd_sum = {};
+    if (Tile::gradients)
+      g_sum = load(rows), gw_sum = load(rows + kPairRows), gwd_sum = load(rows + 2 * kPairRows);
+#pragma GCC unroll 4
+    for (int first_t = 0; first_t < kPairTile; first_t += step) {
+      Vec<T> delta[step], p[step], g[step];
+      together<step>([&](int t) { delta[t] = mu - c.second(c.mu, j + first_t + t, lane); });
+      together<step>([&](int t) { p[t] = delta[t] * delta[t] + var; });
+      tile.template weights<on_diagonal>(first_t, i, p, g);
+      if (!Tile::gradients) continue;
+      Vec<T> gw[step];
+      together<step>([&](int t) { gw[t] = g[t] * c.second(c.inverse, j + first_t + t, lane); });
+      together<step>([&](int t) { g_sum += g[t], gw_sum += gw[t], gwd_sum += gw[t] * delta[t]; });
+      together<step>([&](int t) {
+        Vec<T>&of_g = sums[0][first_t + t], &of_gd = sums[1][first_t + t], &of_gp = sums[2][first_t + t];
+        of_g += g[t], of_gd += g[t] * delta[t], of_gp += g[t] * p[t];
+      });
+    }
+    if (Tile::gradients)
+      store(rows, g_sum), store(rows + kPairRows, gw_sum), store(rows + 2 * kPairRows, gwd_sum);
+  }
+}
+
+// All pairs of the first posteriors of the values [i0, i1), whole groups, and the second ones [j0, j1), whole tiles.
+template <class T, class Layout, class Weights>
+static void pair_block(const Layout& c, Weights& weights, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* rows,
                        T* columns, int64_t stride) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   for (int64_t j = j0; j < j1; j += kPairTile) {
-    const int64_t diagonal = std::clamp(j / kGroup<T> * kGroup<T>, i0, i1);
-    const int64_t after = j < i0 ? i0 : std::min(i1, diagonal + kGroup<T>);
+    const int64_t diagonal = std::clamp(c.diagonal(j), i0, i1), after = std::clamp(c.diagonal(j) + c.kDiagonal, i0, i1);
     Vec<T> parts[kPairSums][kPairTile][registers];
 #pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) {
-      const int64_t at = r * kLanes<T>;
+      const int64_t lane = r * kLanes<T>;
       Vec<T> sums[kPairSums][kPairTile] = {};
       auto tile = weights.begin(j, r);
-      pair_steps<T, false>(c, tile, j, i0 + at, diagonal, rows + at, sums);
-      pair_steps<T, true>(c, tile, j, diagonal + at, after, rows + diagonal - i0 + at, sums);
-      pair_steps<T, false>(c, tile, j, after + at, i1, rows + after - i0 + at, sums);
+      pair_steps<T, false>(c, tile, j, lane, i0, diagonal, rows, sums);
+      pair_steps<T, true>(c, tile, j, lane, diagonal, after, rows + diagonal - i0, sums);
+      pair_steps<T, false>(c, tile, j, lane, after, i1, rows + after - i0, sums);
       weights.end(tile, r);
       for (int s = 0; s < kPairSums; ++s)
         for (int t = 0; t < kPairTile; ++t) parts[s][t][r] = sums[s][t];
     }
     if (Weights::gradients)
-      for (int s = 0; s < kPairSums; ++s)
-        add_lane_sums<T>(parts[s], columns + s * stride + j);
+      for (int s = 0; s < kPairSums; ++s) c.add(parts[s], columns + s * stride, j);
     weights.done(i1 - i0);
   }
 }
 
-// The pairs of one task: the gradients of its dimension in tasks.gradients, all the rest in `weights`.
-template <class T, class Weights>
-static void pair_task(const PairColumns<T>& columns, const PairTasks<T>& tasks, Weights& weights, int64_t D, int64_t task) {
-  const int64_t split = task % tasks.splits, d = task / tasks.splits, stride = columns.stride;
-  const int64_t first = split * tasks.columns, last = std::min(stride, first + tasks.columns);
+static constexpr int64_t pair_task_size(int64_t stride, bool gradients) {
+  return kPairSums * ((gradients ? 2 * stride : 0) + kPairRows);
+}
+
+// The pairs of the second posteriors [first, last): the gradients of a layout of `stride` values in dmu and dlog_var, all the
+// rest in `weights`. `memory` has pair_task_size values.
+template <class T, class Layout, class Weights>
+static void pair_task(const Layout& c, int64_t stride, int64_t first, int64_t last, T scale, Weights& weights, T* memory,
+                      T* dmu, T* dlog_var) {
   const int64_t sums = Weights::gradients ? kPairSums * stride : 0;
-  Arena<T> arena(Scratch::task, sums, sums, kPairSums * kPairRows);
-  T *const first_role = arena.take(sums), *const second_role = arena.take(sums);
-  T* const rows = arena.take(kPairSums * kPairRows);
-  std::fill_n(first_role, sums, T(0));
-  std::fill_n(second_role, sums, T(0));
-  const PairColumn<T> c(columns, d);
+  T *const first_role = memory, *const second_role = first_role + sums, *const rows = second_role + sums;
+  std::fill_n(first_role, 2 * sums, T(0));
   for (int64_t i0 = 0; i0 < stride; i0 += kPairRows) {
     const int64_t i1 = std::min(stride, i0 + kPairRows);
     for (int64_t j0 = first; j0 < last; j0 += kPairColumns) {
@@ -193,12 +215,10 @@ static void pair_task(const PairColumns<T>& columns, const PairTasks<T>& tasks, 
   }
   if (!Weights::gradients) return;
   const T *a = first_role, *b = second_role;
-  T* const dmu = tasks.gradients + ((split * 2) * D + d) * stride;
-  T* const dlog_var = dmu + D * stride;
   for (int64_t i = 0; i < stride; ++i) {
     const T w = c.inverse[i];
-    dmu[i] = tasks.scale * (a[2 * stride + i] - w * b[stride + i]);
-    dlog_var[i] = tasks.scale * T(0.5) * ((c.var[i] * a[stride + i] - a[i]) + (b[i] - w * b[2 * stride + i]));
+    dmu[i] = scale * (a[2 * stride + i] - w * b[stride + i]);
+    dlog_var[i] = scale * T(0.5) * ((c.var[i] * a[stride + i] - a[i]) + (b[i] - w * b[2 * stride + i]));
   }
 }
 

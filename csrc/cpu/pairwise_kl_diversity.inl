@@ -44,42 +44,42 @@ static inline __attribute__((always_inline)) void exp2_below(Vec<T> (&x)[n]) {
   together<n>([&](int t) { x[t] = x[t] < PairExp<T>::min ? Vec<T>{} : y[t]; });
 }
 
-template <class T, bool need_gradients>
+template <class Layout, class T, bool need_gradients>
 struct SoftplusTile {
   static constexpr bool gradients = need_gradients;
   const T* halves;
   int64_t j;
-  T factors[kPairTile], offsets[kPairTile];
-  Vec<T> q[kPairTile];
+  Vec<T> factors[kPairTile], offsets[kPairTile], q[kPairTile];
 
   // Those of the posteriors j + first, … of the tile.
   template <bool on_diagonal, int n>
   inline __attribute__((always_inline)) void weights(int first, int64_t i, const Vec<T> (&p)[n], Vec<T> (&g)[n]) {
     const Vec<T> half = load(halves + i);
     Vec<T> e[n];
-    together<n>([&](int t) { e[t] = p[t] * broadcast(factors[first + t]) + (half + broadcast(offsets[first + t])); });
+    together<n>([&](int t) { e[t] = p[t] * factors[first + t] + (half + offsets[first + t]); });
     exp2_below<T>(e);
-    if (on_diagonal) together<n>([&](int t) { e[t] = lane_numbers<T>(i - j) == T(first + t) ? Vec<T>{} : e[t]; });
+    if (on_diagonal) together<n>([&](int t) { e[t] = Layout::without(e[t], i, j + first + t); });
     together<n>([&](int t) { q[first + t] = q[first + t] * e[t] + (q[first + t] + e[t]); });
     together<n>([&](int t) { g[t] = e[t] / (e[t] + T(1)); });
   }
 };
 
-template <class T, bool need_gradients>
+// c.halves are ½ log₂ σ² less a constant.
+template <class Layout, class T, bool need_gradients>
 class SoftplusWeights {
  public:
   static constexpr bool gradients = need_gradients;
-  using Tile = SoftplusTile<T, gradients>;
+  using Tile = SoftplusTile<Layout, T, gradients>;
 
-  // `halves` are ½ log₂ σ² less a constant.
-  SoftplusWeights(const PairColumn<T>& c, const T* halves, int64_t N) : c_(c), halves_(halves), N_(N) {}
+  SoftplusWeights(const Layout& c, int64_t N) : c_(c), N_(N) {}
 
   Tile begin(int64_t j, int r) const {
     constexpr T log2_e = T(1.4426950408889634);
-    Tile tile{halves_, j, {}, {}, {}};
+    const int64_t lane = r * kLanes<T>;
+    Tile tile{c_.halves, j, {}, {}, {}};
     for (int t = 0; t < kPairTile; ++t) {
-      tile.factors[t] = T(-0.5) * log2_e * c_.inverse[j + t];
-      tile.offsets[t] = j + t < N_ ? T(0.5) * log2_e - halves_[j + t] : T(-1e30);
+      tile.factors[t] = T(-0.5) * log2_e * c_.second(c_.inverse, j + t, lane);
+      tile.offsets[t] = j + t < N_ ? T(0.5) * log2_e - c_.second(c_.halves, j + t, lane) : broadcast(T(-1e30));
       tile.q[t] = products_[t][r];
     }
     return tile;
@@ -89,18 +89,19 @@ class SoftplusWeights {
     for (int t = 0; t < kPairTile; ++t) products_[t][r] = tile.q[t];
   }
 
-  // After a tile with `rows` first posteriors.
+  // After a tile with `rows` values of first posteriors.
   void done(int64_t rows) {
     count_ += rows / kGroup<T>;
     if (count_ + kPairRows / kGroup<T> > PairExp<T>::factors) flush();
   }
 
-  double sum() {
+  // Of the first n lanes of a group.
+  double sum(int64_t n) {
     flush();
     T lanes[kGroup<T>];
     for (int r = 0; r < kRegisters; ++r) store(lanes + r * kLanes<T>, sums_[r]);
     double total = 0;
-    for (const T lane : lanes) total += lane;
+    for (int64_t lane = 0; lane < n; ++lane) total += lanes[lane];
     return total;
   }
 
@@ -119,24 +120,28 @@ class SoftplusWeights {
     count_ = 0;
   }
 
-  const PairColumn<T>& c_;
-  const T* halves_;
+  const Layout& c_;
   int64_t N_, count_ = 0;
   Vec<T> products_[kPairTile][kRegisters] = {}, sums_[kRegisters] = {}, errors_[kRegisters] = {};
 };
 
 template <class T, bool gradients>
 static double pair_diversity(const PairwiseKlDiversity<T>& p, int64_t task) {
-  const int64_t d = task / p.tasks.splits;
+  const int64_t split = task % p.tasks.splits, d = task / p.tasks.splits, D = p.batch.D, stride = p.columns.stride;
+  const int64_t first = split * p.tasks.columns, last = std::min(stride, first + p.tasks.columns);
+  Arena<T> arena(Scratch::task, pair_task_size(stride, gradients));
   const PairColumn<T> c(p.columns, d);
-  SoftplusWeights<T, gradients> weights(c, p.columns.log_var + d * p.columns.stride, p.batch.N);
-  pair_task(p.columns, p.tasks, weights, p.batch.D, task);
-  return weights.sum();
+  SoftplusWeights<PairColumn<T>, T, gradients> weights(c, p.batch.N);
+  T* const memory = arena.take(pair_task_size(stride, gradients));
+  T *dmu = nullptr, *dlog_var = nullptr;
+  if (gradients) dmu = p.tasks.gradients + (2 * split * D + d) * stride, dlog_var = dmu + D * stride;
+  pair_task(c, stride, first, last, p.tasks.scale, weights, memory, dmu, dlog_var);
+  return weights.sum(kGroup<T>);
 }
 
 template <class T>
 static void pairwise_kl_diversity(const PairwiseKlDiversity<T>& p, int64_t task) {
-  p.sums[task] = p.tasks.gradients ? pair_diversity<T, true>(p, task) : pair_diversity<T, false>(p, task);
+  p.sums[task] = p.gradients ? pair_diversity<T, true>(p, task) : pair_diversity<T, false>(p, task);
 }
 
 // log σ² of columns [first, last) becomes ½ log₂ σ² less its mean, which KL is free of; −1e30 in the padding makes e = 0.

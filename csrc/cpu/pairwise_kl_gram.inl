@@ -203,6 +203,8 @@ static constexpr PairwiseKlKernels<T> pairwise_kl_kernels() {
           pair_collect<T>,
           pairwise_kl_halves<T>,
           pairwise_kl_diversity<T>,
+          pairwise_kl_lines_diversity<T>,
+          pair_lines_collect<T>,
           pairwise_kl_moments<T>,
           pairwise_kl_mean<T>,
           pairwise_kl_mean_gradient<T>,

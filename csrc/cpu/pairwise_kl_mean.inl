@@ -1,14 +1,5 @@
 // The mean over ordered pairs of each dimension from sums over the posteriors, and its gradient; see pairwise_kl.inl.
 
-// The first n lanes of values that are `stride` apart, zero in the others.
-template <class T>
-static inline Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1) return load_lanes(p, n);
-  T lanes[kLanes<T>] = {};
-  for (int64_t k = 0; k < std::min<int64_t>(n, kLanes<T>); ++k) lanes[k] = p[k * stride];
-  return load(lanes);
-}
-
 // A row over some of the columns: m = μ − centre, log σ², σ² and 1 / σ²; 0, 0, 1 and 1 from `count` to a whole group.
 template <class T>
 struct CentredRow {
