@@ -58,11 +58,12 @@ def diversity_work(case: str, backward: bool) -> Work:
 
 
 def std_work(case: str, backward: bool) -> Work:
-    """The cheaper of the pair matrix, 2 FMAs forward and 5 more for gradients, and of Gram matrices in float64, where an FMA
-    counts for two. The pair matrix also takes a subtraction, and for gradients an addition and the subtraction again."""
+    """The cheaper of the pair matrix and of Gram matrices in float64, where an FMA counts for two. The pair matrix takes both
+    divergences of a pair at once: two subtractions and four FMAs; for the gradients of both two subtractions, an addition,
+    three products and six FMAs."""
     N, D = CASES[case]
-    pairs, gram = (7 if backward else 2) * N * N * D, (24 if backward else 8) * N * D * D
-    additions = (3 if backward else 1) * N * N * D if pairs < gram else 0
+    pairs, gram = (6.5 if backward else 2) * N * N * D, (24 if backward else 8) * N * D * D
+    additions = (2.5 if backward else 1) * N * N * D if pairs < gram else 0
     return Work(4 * 2 * N * D * (2 if backward else 1), min(pairs, gram), 0, additions)
 
 

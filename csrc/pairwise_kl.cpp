@@ -32,26 +32,26 @@ Posteriors<T> posteriors(const Tensor& mu, const Tensor& log_var) {
 }
 
 template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+template <class T>
 int64_t padded(int64_t n) {
-  return round_up(n, 64 / sizeof(T));
+  return round_up(n, kLine<T>);
 }
 
-// The columns, made in `parts` of the dimensions: `then(columns, first, last)` follows each block of them, which stays in the
-// L1 cache, and `finally(part, columns, first, last)` each part.
-template <class T, class F, class G>
-PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, int64_t parts, const F& then, const G& finally) {
+// The columns, made in `parts` of the dimensions, with ½ log₂ σ² for Eq. 8.
+template <class T>
+PairColumns<T> columns_of(Arena<T>& arena, const Posteriors<T>& batch, int64_t parts) {
   const int64_t stride = padded<T>(batch.N), size = batch.D * stride;
   const PairColumns<T> columns{stride, arena.take(size), arena.take(size), arena.take(size), arena.take(size)};
   const int64_t blocks = ceil_div(batch.D, kPairDims);
   for_each_task(parts, [&](int64_t part) {
-    const int64_t first = part * blocks / parts * kPairDims;
     const int64_t last = std::min(batch.D, (part + 1) * blocks / parts * kPairDims);
-    for (int64_t d = first; d < last; d += kPairDims) {
+    for (int64_t d = part * blocks / parts * kPairDims; d < last; d += kPairDims) {
       const int64_t end = std::min(last, d + kPairDims);
       ops<T>().columns(batch, columns, d, end);
-      then(columns, d, end);
+      ops<T>().halves(batch, columns, d, end);
     }
-    finally(part, columns, first, last);
   });
   return columns;
 }
@@ -85,9 +85,7 @@ double column_diversity(PairwiseKlDiversity<T> p) {
   p.tasks = cut(batch, p.tasks.scale);
   const int64_t gradients = p.gradients ? 2 * p.tasks.splits * size : 0;
   Arena<T> arena(Scratch::launch, size, size, size, size, gradients);
-  p.columns = columns_of(
-      arena, batch, column_parts(batch, kColumnWork),
-      [&](const PairColumns<T>& c, int64_t first, int64_t last) { ops<T>().halves(batch, c, first, last); }, [](auto...) {});
+  p.columns = columns_of(arena, batch, column_parts(batch, kColumnWork));
   if (p.gradients) p.tasks.gradients = arena.take(gradients);
   std::vector<double> sums(batch.D * p.tasks.splits);
   p.sums = sums.data();
@@ -104,16 +102,16 @@ double column_diversity(PairwiseKlDiversity<T> p) {
 // The same with dimensions across lanes.
 template <class T>
 double line_diversity(PairwiseKlDiversity<T> p) {
-  const int64_t N = p.batch.N, D = p.batch.D, group = 64 / sizeof(T), lines = ceil_div(D, group);
+  const int64_t N = p.batch.N, D = p.batch.D, lines = ceil_div(D, kLine<T>);
   const int64_t wanted = std::clamp<int64_t>(kFewTasks / std::max<int64_t>(lines, 1), 1, std::max<int64_t>(N / 64, 1));
   p.tasks.columns = round_up(ceil_div(N, wanted), kPairTile), p.tasks.splits = ceil_div(N, p.tasks.columns);
-  const int64_t splits = p.tasks.splits, size = lines * group * round_up(N, kPairTile);
+  const int64_t splits = p.tasks.splits, size = lines * kLine<T> * round_up(N, kPairTile);
   const int64_t gradients = p.gradients && splits > 1 ? 2 * splits * size : 0;
   Arena<T> arena(Scratch::launch, gradients);
   p.tasks.gradients = arena.take(gradients);
   std::vector<double> sums(lines * splits);
   p.sums = sums.data();
-  in_parts(lines * splits, group * N * p.tasks.columns * pair_work(p), [&](int64_t first, int64_t last) {
+  in_parts(lines * splits, kLine<T> * N * p.tasks.columns * pair_work(p), [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) ops<T>().lines_diversity(p, task);
   });
   if (gradients)
@@ -130,8 +128,7 @@ std::tuple<Tensor, Tensor> diversity(const Tensor& mu, const Tensor& log_var, bo
   p.tasks.scale = static_cast<T>(-1 / pairs);
   p.gradients = need_grad ? unit.mutable_data_ptr<T>() : nullptr;
   // Beside the lanes that stay empty, columns pay for sums over lanes: as if there were 40 posteriors more.
-  const int64_t group = 64 / sizeof(T);
-  const bool lines = round_up(D, group) * N <= D * (round_up(N, group) + 40);
+  const bool lines = padded<T>(D) * N <= D * (padded<T>(N) + 40);
   const double total = lines ? line_diversity(p) : column_diversity(p);
   *value.mutable_data_ptr<T>() = static_cast<T>(total / pairs);
   return {value, unit};
@@ -143,43 +140,83 @@ double mean_of(const T* values, int64_t n) {
 }
 
 // Parts of the dimensions whose totals each are a matrix of their own, together at most half of the batch; 0 where these
-// would be too few.
+// would be too few. Shorter ones than half a run pay more for sums over lanes than they gain.
 template <class T>
 int64_t total_parts(const Posteriors<T>& batch) {
-  const int64_t stride = padded<T>(batch.N), wanted = column_parts(batch, kColumnWork + 2 * stride);
-  int64_t parts = wanted;
-  while (2 * parts * stride > batch.D) parts /= 2;
-  return parts >= std::min(wanted, kFewTasks) ? parts : 0;
+  const int64_t stride = padded<T>(batch.N), wanted = column_parts(batch, kColumnWork + 3 * stride);
+  const int64_t parts = std::min({wanted, batch.D / (2 * stride), batch.D / (kPairDims * kPairRun / 2)});
+  return parts >= std::min(wanted, kFewTasks / 2) ? parts : 0;
+}
+
+// The totals in `parts` of the dimensions, each with its own values, which stay in the cache.
+template <class T>
+void split_totals(const PairwiseKlDirect<T>& p, const PairwiseKlMean<T>& means, int64_t parts, double* log_dets) {
+  const int64_t N = p.batch.N, lines = ceil_div(p.batch.D, kLine<T>), pitch = kPairRun | 1;
+  for_each_task(parts, [&](int64_t part) {
+    const int64_t first = part * lines / parts, last = (part + 1) * lines / parts;
+    Arena<T> arena(Scratch::task, PairValues<T>::size(N, pitch));
+    T* const data = arena.take(PairValues<T>::size(N, pitch));
+    for (int64_t begin = first; begin < last; begin += kPairRun) {
+      const int64_t end = std::min(last, begin + kPairRun);
+      const PairValues<T> values{data, begin, pitch};
+      ops<T>().pack(p.batch, values, begin, end, log_dets + part * p.stride);
+      for (int64_t line = begin; line < end; ++line) ops<T>().means(means, values, line);
+      ops<T>().totals(values, begin, end, 0, round_up(N, kPairTile), begin > first,
+                      p.deviations + part * p.stride * p.stride, p.stride);
+    }
+  });
+}
+
+// The totals from values that all tasks share: each takes a tile of posteriors against all before it, and one as far from the
+// other end.
+template <class T>
+void shared_totals(const PairwiseKlDirect<T>& p, const PairwiseKlMean<T>& means, int64_t parts, const PairValues<T>& values,
+                   double* log_dets) {
+  const int64_t lines = ceil_div(p.batch.D, kLine<T>), tiles = ceil_div(p.batch.N, kPairTile);
+  for_each_task(parts, [&](int64_t part) {
+    const int64_t last = (part + 1) * lines / parts;
+    for (int64_t begin = part * lines / parts; begin < last; begin += kPairRun)
+      ops<T>().pack(p.batch, values, begin, std::min(last, begin + kPairRun), log_dets + part * p.stride);
+    for (int64_t line = part * lines / parts; line < last; ++line) ops<T>().means(means, values, line);
+  });
+  in_parts(ceil_div(tiles, 2), 3 * kPairTile * p.stride * p.batch.D, [&](int64_t first, int64_t last) {
+    for (int64_t begin = 0; begin < std::max<int64_t>(lines, 1); begin += kPairRun) {
+      const auto totals = [&](int64_t tile, int64_t end_tile) {
+        ops<T>().totals(values, begin, std::min(lines, begin + kPairRun), tile * kPairTile, end_tile * kPairTile, begin > 0,
+                        p.deviations, p.stride);
+      };
+      totals(first, last);
+      totals(std::max(last, tiles - last), tiles - first);
+    }
+  });
 }
 
 // The means, and the deviation from the pair matrix, with its gradients in `unit` if needed. Tasks take dimensions, so that
-// what one core writes no other reads, or where that takes too much memory second posteriors.
+// what one core writes no other reads, or where that takes too much memory posteriors.
 template <class T>
 double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
-  const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), size = D * stride, square = stride * stride;
-  const int64_t parts = total_parts(batch), matrices = std::max<int64_t>(parts, 1);
-  Arena<T> arena(Scratch::launch, size, size, size, size, ceil_div(D, kPairDims) * stride, matrices * square, stride, stride,
-                 need_grad ? square : 0, need_grad ? stride : 0);
-  std::vector<double> squares(stride);
-  T* const levels = arena.take(ceil_div(D, kPairDims) * stride);
-  T* const totals = arena.take(matrices * square);
-  const PairColumns<T> columns = columns_of(
-      arena, batch, parts ? parts : column_parts(batch, kColumnWork),
-      [&](const PairColumns<T>& c, int64_t d, int64_t end) { ops<T>().means(means, c, levels + d / kPairDims * stride, d, end); },
-      [&](int64_t part, const PairColumns<T>& c, int64_t first, int64_t last) {
-        if (parts) ops<T>().totals(c, first, last, 0, stride, totals + part * square);
-      });
-  PairwiseKlDirect<T> p{batch, columns, levels};
+  const int64_t N = batch.N, D = batch.D, stride = padded<T>(N), split = total_parts(batch);
+  const int64_t parts = split ? split : column_parts(batch, kColumnWork);
+  PairwiseKlDirect<T> p{batch, stride};
+  p.parts = std::max<int64_t>(split, 1);
+  const int64_t pitch = ceil_div(D, kLine<T>) | 1, shared = split ? 0 : PairValues<T>::size(N, pitch);
+  Arena<T> arena(Scratch::launch, p.parts * stride * stride, stride, stride, shared);
+  p.deviations = arena.take(p.parts * stride * stride), p.log_det = arena.take(stride), p.sums = arena.take(stride);
+  std::vector<double> squares(stride), log_dets(parts * stride);
+  p.squares = squares.data();
+  if (split)
+    split_totals(p, means, parts, log_dets.data());
+  else
+    shared_totals(p, means, parts, PairValues<T>{arena.take(shared), 0, pitch}, log_dets.data());
   p.mean = static_cast<T>(std::accumulate(means.mean, means.mean + D, 0.0));
-  p.parts = matrices, p.deviations = totals;
-  p.log_det = arena.take(stride), p.sums = arena.take(stride), p.squares = squares.data();
-  const int64_t group = 64 / sizeof(T), pairs = N * (N - 1);
-  ops<T>().log_dets(p);
-  in_parts(stride / group, group * stride * (parts ? parts : 2 * D), [&](int64_t first, int64_t last) {
-    if (!parts) ops<T>().totals(columns, 0, D, first * group, last * group, totals);
-    ops<T>().divergences(p, first * group, last * group);
-  });
+  for (int64_t i = 0; i < stride; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += log_dets[part * stride + i];
+    p.log_det[i] = static_cast<T>(sum);
+  }
+  const int64_t pairs = N * (N - 1);
+  in_parts(stride, p.parts * stride, [&](int64_t first, int64_t last) { ops<T>().divergences(p, first, last); });
   const T error = static_cast<T>(mean_of(p.sums, stride) * stride / pairs);
   in_parts(stride, stride, [&](int64_t first, int64_t last) { ops<T>().deviations(p, error, first, last); });
   const double spread = std::sqrt(mean_of(p.squares, stride) * stride / (pairs - 1));
@@ -187,11 +224,9 @@ double direct_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Te
   const double deviation = spread <= std::numeric_limits<T>::epsilon() * std::abs(error) ? 0 : spread;
   if (!need_grad) return deviation;
   p.unit = static_cast<T>(deviation == 0 ? 0 : 1 / deviation), p.scale = static_cast<T>(1.0 / (pairs - 1));
-  p.turned = arena.take(square), p.balance = arena.take(stride), p.gradients = unit.mutable_data_ptr<T>();
-  in_parts(stride, 4 * stride, [&](int64_t first, int64_t last) { ops<T>().turn(p, first, last); });
-  in_parts(ceil_div(D, kPairDims), kPairDims * N * stride * 6, [&](int64_t first, int64_t last) {
-    ops<T>().direct_gradient(p, first * kPairDims, std::min(D, last * kPairDims));
-  });
+  p.gradients = unit.mutable_data_ptr<T>();
+  in_parts(ceil_div(D, kLine<T>), 6 * kLine<T> * N * N,
+           [&](int64_t first, int64_t last) { ops<T>().direct_gradient(p, first, last); });
   return deviation;
 }
 

@@ -141,6 +141,15 @@ def test_extremes_keep_their_digits(implementation, case, N):
     check([mu, log_var], backend)
 
 
+@needs_cpp
+@pytest.mark.parametrize("scale", [1e-1, 1e-2])
+def test_close_posteriors_of_many_dimensions(scale):
+    """Their divergences are far below the ones that σ²/σ² adds up to over the dimensions, which must not round them."""
+    mu, log_var = (scale * t for t in posteriors(64, 1024))
+    exact = pairwise_kl(mu.double(), log_var.double(), backend="reference").std
+    assert abs(pairwise_kl(mu, log_var, backend="cpp").std.double() - exact) <= 2e-7 * exact
+
+
 @pytest.mark.parametrize("log_var", [-40.0, -50.0, -80.0])
 @pytest.mark.parametrize("N", [5, 18], ids=lambda n: f"N{n}")
 @needs_cpp
@@ -225,13 +234,13 @@ def test_same_bits_every_time_at_any_number_of_threads(implementation):
 @needs_avx512
 def test_avx2_and_avx512_agree_bit_for_bit():
     same_at_avx2_and_avx512(lambda: [
-        t for size in (*SIZES, (1100, 2), (300, 16), (300, 90)) for dtype in (torch.float32, torch.float64)
-        for t in run(posteriors(*size, dtype), torch.ones(size[1], dtype=dtype), "cpp").values()])
+        t for size in (*SIZES, (1100, 2), (300, 16), (300, 90), (300, 520), (40, 2100))
+        for dtype in (torch.float32, torch.float64) for t in run(posteriors(*size, dtype), torch.ones(size[1], dtype=dtype), "cpp").values()])
 
 
 def test_blocks_of_rows_and_splits_of_columns():
     """More rows than a block, few dimensions and not so few, whole cache lines of them or not: agrees with float64."""
-    for N, D in ((1500, 1), (300, 16), (300, 90), (1001, 70)):
+    for N, D in ((1500, 1), (300, 16), (300, 90), (1001, 70), (300, 520), (40, 2100)):
         inputs = posteriors(N, D)
         found = run(inputs, torch.ones(D), None)
         for name, e in run([t.double() for t in inputs], torch.ones(D, dtype=torch.float64), "reference").items():

@@ -14,6 +14,7 @@ struct Posteriors {
 
 constexpr int64_t kPairDims = 16;  // dimensions of a block of columns: a cache line
 constexpr int64_t kPairTile = 4;   // second posteriors that share what is loaded of a first one
+constexpr int64_t kPairRun = 32;   // lines of dimensions that are added up before they join the total: 24 KB of a tile
 
 // The batch by dimension, [D][stride]: rows are padded to whole groups of 64 bytes, with σ² = 1 / σ² = 0.
 template <class T>
@@ -59,23 +60,35 @@ struct PairwiseKlMean {
   T *dmu, *dlog_var;  // [N][D]
 };
 
+// The posteriors in lines of 64 bytes of dimensions, from the line `first` on: [tiles of kPairTile posteriors][pitch lines]
+// [kPairTile][3][64 bytes], μ, σ² and 1 / σ², 0 from N on. Where the pitch is odd a tile and the next lie in different sets
+// of the cache.
+template <class T>
+struct PairValues {
+  static constexpr int64_t kSize = 3 * 64 / sizeof(T);
+  T* data;
+  int64_t first, pitch;
+
+  static int64_t size(int64_t N, int64_t pitch) { return (N + kPairTile - 1) / kPairTile * kPairTile * pitch * kSize; }
+  T* at(int64_t i, int64_t line) const {
+    return data + ((i / kPairTile * pitch + line - first) * kPairTile + i % kPairTile) * kSize;
+  }
+};
+
 // The deviation from the pair matrix [stride][stride], where N is of the order of D.
 template <class T>
 struct PairwiseKlDirect {
   Posteriors<T> batch;
-  PairColumns<T> columns;
-  const T* levels;    // [blocks of dimensions][stride]: Σ log σ² less that of the first posterior
-  T mean;             // of the total
-  T unit, scale;      // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
-  T* log_det;         // [stride]: Σ_d log σ² less that of the first posterior
-  int64_t parts;      // of the dimensions
-  T* deviations;      // [parts][stride][stride]: totals of each part by second posterior; of them the first becomes KL − mean,
-                      // 0 on the diagonal and in the padding
-  T* sums;            // [stride]
-  double* squares;    // [stride]: beyond float where deviations pass 1.8e19
-  T* turned;          // [stride][stride]: the deviations by first posterior, times unit
-  T* balance;         // [stride]
-  T* gradients;       // [2][N][D]
+  int64_t stride;  // N, padded to whole groups of 64 bytes
+  T mean;          // of the total
+  T unit, scale;   // of the deviations, so that their products with 1 / σ² do not overflow; of the gradients
+  T* log_det;      // [stride]: Σ_d log σ² less that of the first posterior
+  int64_t parts;   // of the dimensions
+  T* deviations;   // [parts][stride][stride]: totals of each part by second posterior; of them the first becomes KL − mean,
+                   // 0 on the diagonal and in the padding
+  T* sums;         // [stride]
+  double* squares; // [stride]: beyond float where deviations pass 1.8e19
+  T* gradients;    // [2][N][D]
 };
 
 constexpr int64_t kGramTile = 8;  // features, or rows, of a product
@@ -125,14 +138,14 @@ struct PairwiseKlKernels {
   void (*mean)(const PairwiseKlMean<T>&, int64_t first, int64_t last);           // of dimensions
   void (*mean_gradient)(const PairwiseKlMean<T>&, int64_t first, int64_t last);  // of rows
 
-  void (*means)(const PairwiseKlMean<T>&, const PairColumns<T>&, T* levels, int64_t first, int64_t last);  // of dimensions
-  // Of dimensions, and of second posteriors, whole groups.
-  void (*totals)(const PairColumns<T>&, int64_t d, int64_t end, int64_t first, int64_t last, T* totals);
-  void (*log_dets)(const PairwiseKlDirect<T>&);
+  void (*pack)(const Posteriors<T>&, const PairValues<T>&, int64_t first, int64_t last, double* log_det);  // a run at most
+  void (*means)(const PairwiseKlMean<T>&, const PairValues<T>&, int64_t line);
+  // Of a run at most, and of first posteriors, whole tiles.
+  void (*totals)(const PairValues<T>&, int64_t begin, int64_t end, int64_t first, int64_t last, bool add, T* totals,
+                 int64_t stride);
   void (*divergences)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of second posteriors
   void (*deviations)(const PairwiseKlDirect<T>&, T error, int64_t first, int64_t last);
-  void (*turn)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);             // of rows
-  void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of dimensions
+  void (*direct_gradient)(const PairwiseKlDirect<T>&, int64_t first, int64_t last);  // of lines
 
   double (*gram_means)(PairwiseKlGram<T>&, const double* sums);
   void (*gram_part)(const PairwiseKlGram<T>&, int64_t part);

@@ -1,80 +1,134 @@
-// The deviation of the total KL over ordered pairs, and its gradients. Two ways, of which the binding takes the cheaper:
-// from the pair matrix, 2 FMAs a pair and dimension and 5 more for the gradients, or from Gram matrices in float64, 4 D² FMAs
-// a posterior and 8 D² more.
+// The deviation of the total KL over ordered pairs, and its gradients. Two ways, of which the binding takes the cheaper: from
+// Gram matrices in float64, or, here, from the pair matrix. Lanes hold a cache line of dimensions, and both divergences of a
+// pair share δ = μ_i − μ_j and v = σ²_i − σ²_j, so that a pair of them costs 6 operations a dimension and 12 more for the
+// gradients. Of close posteriors no digits cancel:
+//
+//     2 KL(i‖j) = Σ_d (δ² + v) w_j + Σ_d log σ²_j / σ²_i                               w = 1 / σ²
+//     ∂μ_i = Σ_j c δ,   ∂log σ²_i = ½ Σ_j (c v − g_ji w_i δ²),   c = g_ij w_j + g_ji w_i,   g_ij the weight of KL(i‖j)
 
-constexpr int kPairVectors = LATENT_VECTOR_BYTES == 64 ? 4 : 2;  // of first posteriors in a register tile
-// Dimensions added up before they join the total: over D = 1024 a plain sum is off by 4 eps. Their columns stay in the L1 cache.
-constexpr int64_t kTotalRun = 32;
-// Dimensions whose ones leave the sum of p w − 1 in one subtraction, which shares its ports with the FMAs on some processors.
-constexpr int64_t kOnesRun = 4;
+constexpr int kFirstRows = LATENT_VECTOR_BYTES == 64 ? 4 : 2, kSecondRows = 2;  // of a register tile
+constexpr int64_t kPairBlock = 64;   // posteriors that stay in the cache, with their gradients, while others pass
+constexpr int64_t kGradientRun = 256;  // posteriors whose gradients are added up before they join the total
 
-// Σ (p w − 1) over the dimensions [d, end), 2 KL less the difference of the log-determinants, for a tile of second posteriors
-// and `vectors` of first ones: set, or added to what is there.
-template <class T, int vectors>
-static inline void pair_total_tile(const PairColumns<T>& columns, int64_t d, int64_t end, int64_t j, int64_t i, bool add,
-                                   T* totals) {
-  const int64_t stride = columns.stride;
-  const T *mu_i = columns.mu + d * stride + i, *var_i = columns.var + d * stride + i;
-  const T *mu_j = columns.mu + d * stride + j, *inverse_j = columns.inverse + d * stride + j;
-  Vec<T> sums[kPairTile][vectors];
+enum PairPart { of_mu, of_variance, of_inverse };
+
+// Packs the lines [first, last), a run at most. Dimensions past D have equal posteriors. Unless null, log_det[N] gains the
+// log-determinants; so that those of close posteriors lose no digits to a common level, that of the first one is left out.
+template <class T>
+static void pair_pack(const Posteriors<T>& p, const PairValues<T>& values, int64_t first, int64_t last, double* log_det) {
+  constexpr int registers = 64 / LATENT_VECTOR_BYTES;
+  for (int64_t i = 0; i < p.N; ++i) {
+    const T *const mu = p.mu + i * p.mu_strides[0], *const log_var = p.log_var + i * p.log_var_strides[0];
+    Vec<T> level[registers] = {};
+    for (int64_t line = first; line < last; ++line)
+      for (int r = 0; r < registers; ++r) {
+        const int64_t d = line * kGroup<T> + r * kLanes<T>, left = std::max<int64_t>(p.D - d, 0);
+        const auto read = [&](const T* row, int64_t stride) { return load_strided(row + d * stride, stride, left); };
+        T* const at = values.at(i, line) + r * kLanes<T>;
+        const Vec<T> x = read(log_var, p.log_var_strides[1]);
+        Vec<T> w;
+        store(at + of_mu * kGroup<T>, read(mu, p.mu_strides[1]));
+        store(at + of_variance * kGroup<T>, exp<T>(x, w));
+        store(at + of_inverse * kGroup<T>, w);
+        if (log_det) level[r] += x - read(p.log_var, p.log_var_strides[1]);
+      }
+    if (log_det) log_det[i] += sum_lanes<T>(level);
+  }
+  for (int64_t i = p.N; i < round_up(p.N, kPairTile); ++i)
+    for (int64_t line = first; line < last; ++line) std::fill_n(values.at(i, line), values.kSize, T(0));
+}
+
+// Means of the dimensions of a line. Of a mean only Σ v Σ w − N² cancels: the other sums may be of T, over runs of posteriors.
+template <class T>
+static void pair_means(const PairwiseKlMean<T>& p, const PairValues<T>& values, int64_t line) {
+  constexpr int halves = kLanes<T> / kLanes<double>;
+  constexpr MomentSum narrow[] = {of_m, of_mw, of_m2, of_m2w};
+  const int64_t N = p.batch.N, D = p.batch.D;
+  for (int64_t d = line * kGroup<T>; d < std::min(D, (line + 1) * kGroup<T>); d += kLanes<T>) {
+    const auto part = [&](int64_t i, PairPart k) { return load(values.at(i, line) + k * kGroup<T> + d % kGroup<T>); };
+    Vec<T> shift = {};
+    for (int64_t i = 0; i < N; ++i) shift += part(i, of_mu) - part(0, of_mu);
+    const Vec<T> middle = part(0, of_mu) + shift / T(N);
+    Vec<T> totals[kMeanSums] = {};
+    Vec<double> of_var[halves] = {}, of_weight[halves] = {};
+    for (int64_t i0 = 0; i0 < N; i0 += kGradientRun) {
+      Vec<T> sums[kMeanSums] = {};
+      for (int64_t i = i0; i < std::min(N, i0 + kGradientRun); ++i) {
+        const Vec<T> m = part(i, of_mu) - middle, v = part(i, of_variance), w = part(i, of_inverse), mw = m * w;
+        sums[of_m] += m, sums[of_mw] += mw, sums[of_m2] += m * m, sums[of_m2w] += m * mw;
+        of_var[0] += wide_half<T, 0>(v), of_weight[0] += wide_half<T, 0>(w);
+        if constexpr (halves == 2) of_var[1] += wide_half<T, 1>(v), of_weight[1] += wide_half<T, 1>(w);
+      }
+      for (const MomentSum s : narrow) totals[s] += sums[s];
+    }
+    for (int k = 0; k < std::min<int64_t>(kLanes<T>, D - d); ++k) {
+      double sums[kMeanSums];
+      for (const MomentSum s : narrow) sums[s] = totals[s][k];
+      sums[of_v] = of_var[k / kLanes<double>][k % kLanes<double>];
+      sums[of_w] = of_weight[k / kLanes<double>][k % kLanes<double>];
+      p.moments[centre * D + d + k] = middle[k];
+      pairwise_kl_mean_of(p, d + k, sums, 1);
+    }
+  }
+}
+
+// Σ (δ² + v) w over the lines [begin, end) for the first posteriors i, … and the second ones j, …, and off the diagonal the
+// other way round: set, or added to what is there.
+template <class T>
+static inline void pair_total_tile(const PairValues<T>& values, int64_t begin, int64_t end, int64_t i, int64_t j, bool add,
+                                   T* totals, int64_t stride) {
+  constexpr int R = kFirstRows, S = kSecondRows, registers = 64 / LATENT_VECTOR_BYTES;
+  constexpr int64_t size = PairValues<T>::kSize;
+  Vec<T> parts[2 * R * S][registers];
 #pragma GCC unroll 4
-  for (int t = 0; t < kPairTile; ++t)
+  for (int r = 0; r < registers; ++r) {
+    const T *x = values.at(i, begin) + r * kLanes<T>, *y = values.at(j, begin) + r * kLanes<T>;
+    Vec<T> sums[R][S] = {}, turned[R][S] = {};
+    for (int64_t line = begin; line < end; ++line, x += kPairTile * size, y += kPairTile * size) {
+      const auto part = [](const T* row, PairPart k) { return load(row + k * kGroup<T>); };
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sums[t][v] = Vec<T>{};
-  for (int64_t run = std::min(end, d + kOnesRun); d < end; run = std::min(end, d + kOnesRun)) {
+      for (int a = 0; a < R; ++a) {
+        const T* const row = x + a * size;
+        const Vec<T> mu = part(row, of_mu), var = part(row, of_variance), inverse = part(row, of_inverse);
 #pragma GCC unroll 4
-    for (int t = 0; t < kPairTile; ++t)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[t][v] -= T(run - d);
-    for (; d < run; ++d, mu_i += stride, var_i += stride, mu_j += stride, inverse_j += stride) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const Vec<T> mu = load(mu_i + v * kLanes<T>), var = load(var_i + v * kLanes<T>);
-#pragma GCC unroll 4
-        for (int t = 0; t < kPairTile; ++t) {
-          const Vec<T> delta = mu - broadcast(mu_j[t]);
-          sums[t][v] += (delta * delta + var) * broadcast(inverse_j[t]);
+        for (int b = 0; b < S; ++b) {
+          const Vec<T> delta = mu - part(y + b * size, of_mu), v = var - part(y + b * size, of_variance);
+          sums[a][b] += (delta * delta + v) * part(y + b * size, of_inverse);
+          turned[a][b] += (delta * delta - v) * inverse;
         }
       }
     }
+#pragma GCC unroll 4
+    for (int a = 0; a < R; ++a)
+#pragma GCC unroll 4
+      for (int b = 0; b < S; ++b) parts[b * R + a][r] = sums[a][b], parts[(R + a) * S + b][r] = turned[a][b];
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < kPairTile; ++t)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      T* const at = totals + (j + t) * stride + i + v * kLanes<T>;
-      store(at, add ? load(at) + sums[t][v] : sums[t][v]);
-    }
+  Vec<T> folded[2 * R * S];
+  T out[2 * R * S];
+#pragma GCC unroll 16
+  for (int k = 0; k < 2 * R * S; ++k) folded[k] = fold_registers<T>(parts[k]);
+  sum_halves_of<T>(folded, out);
+  const auto put = [&](const T* sums, int64_t n, T* to) {
+    for (int64_t k = 0; k < n; ++k) to[k] = add ? to[k] + sums[k] : sums[k];
+  };
+  for (int b = 0; b < S; ++b) put(out + b * R, R, totals + (j + b) * stride + i);
+  for (int a = 0; a < (j < i ? R : 0); ++a) put(out + (R + a) * S, S, totals + (i + a) * stride + j);
 }
 
-// Those of the dimensions [begin, end), which may be none, for the second posteriors [first, last), into
-// totals[stride][stride].
+// Those for the posteriors [first, last) and all before them, whole tiles, into totals[stride][stride].
 template <class T>
-static void pair_totals(const PairColumns<T>& columns, int64_t begin, int64_t end, int64_t first, int64_t last, T* totals) {
-  int64_t d = begin;
-  do {
-    in_tiles<kPairVectors>(columns.stride / kLanes<T>, [&](auto vectors, int64_t v) {
-      for (int64_t j = first; j < last; j += kPairTile)
-        pair_total_tile<T, vectors()>(columns, d, std::min(end, d + kTotalRun), j, v * kLanes<T>, d > begin, totals);
-    });
-  } while ((d += kTotalRun) < end);
-}
-
-// Σ_d log σ² of each posterior less that of the first one.
-template <class T>
-static void pair_log_dets(const PairwiseKlDirect<T>& p) {
-  const int64_t stride = p.columns.stride;
-  for (int64_t i = 0; i < stride; i += kLanes<double>) {
-    Vec<double> sum = {};
-    for (int64_t block = 0; block * kPairDims < p.batch.D; ++block) sum += load_as<double>(p.levels + block * stride + i);
-    for (int k = 0; k < kLanes<double>; ++k) p.log_det[i + k] = T(sum[k]);
-  }
+static void pair_totals(const PairValues<T>& values, int64_t begin, int64_t end, int64_t first, int64_t last, bool add,
+                        T* totals, int64_t stride) {
+  for (int64_t block = 0; block < last; block += kPairBlock)
+    for (int64_t i = std::max(first, block); i < last; i += kFirstRows)
+      for (int64_t j = block; j < std::min(i + kFirstRows, block + kPairBlock); j += kSecondRows)
+        pair_total_tile(values, begin, end, i, j, add, totals, stride);
 }
 
 // KL − mean of the second posteriors [first, last) from the totals of all parts, and their sums.
 template <class T>
 static void pair_divergences(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
-  const int64_t stride = p.columns.stride, N = p.batch.N;
+  const int64_t stride = p.stride, N = p.batch.N;
   for (int64_t j = first; j < last; ++j) {
     T* const row = p.deviations + j * stride;
     for (int64_t i = 0; i < stride; i += kLanes<T>) {
@@ -91,7 +145,7 @@ static void pair_divergences(const PairwiseKlDirect<T>& p, int64_t first, int64_
 // Takes the mean of the deviations out of them, which rounding left there, and adds up their squares.
 template <class T>
 static void pair_deviations(const PairwiseKlDirect<T>& p, T error, int64_t first, int64_t last) {
-  const int64_t stride = p.columns.stride, N = p.batch.N;
+  const int64_t stride = p.stride, N = p.batch.N;
   for (int64_t j = first; j < last; ++j) {
     T* const row = p.deviations + j * stride;
     for (int64_t i = 0; i < (j < N ? N : 0); ++i) row[i] -= i == j ? T(0) : error;
@@ -99,65 +153,96 @@ static void pair_deviations(const PairwiseKlDirect<T>& p, T error, int64_t first
   }
 }
 
-// Rows [first, last) of the transposed deviations, times unit; Σ_k g_ki − Σ_j g_ij, which all dimensions share.
-template <class T>
-static void pair_turn(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
-  const int64_t stride = p.columns.stride;
-  transpose(p.deviations + first, stride, 1, p.turned + first * stride, stride, stride, last - first);
-  for (int64_t i = first; i < last; ++i) {
-    const T* const second = p.deviations + i * stride;
-    T* const first_role = p.turned + i * stride;
-    for (int64_t k = 0; k < stride; ++k) first_role[k] *= p.unit;
-    p.balance[i] = sum_groups<T>(stride, [&](int64_t k) { return p.unit * load(second + k) - load(first_role + k); });
-  }
-}
-
-// The gradients of dimension d for `vectors` vectors of posteriors i, in both roles: no sum is one over lanes.
-template <class T, int vectors>
-static inline void pair_gradient_tile(const PairwiseKlDirect<T>& p, int64_t d, int64_t i, T* dmu, T* dlog_var) {
-  enum { gw, gwd, hd, hp, kSums };  // g = g_ij, h = g_ji
-  const int64_t N = p.batch.N, stride = p.columns.stride;
-  const PairColumn<T> c(p.columns, d);
-  Vec<T> mu[vectors], totals[kSums][vectors] = {};
-  for (int v = 0; v < vectors; ++v) mu[v] = load(c.mu + i + v * kLanes<T>);
-  for (int64_t j0 = 0; j0 < N; j0 += kPairColumns) {
-    Vec<T> sums[kSums][vectors] = {};
-    for (int64_t j = j0; j < std::min(N, j0 + kPairColumns); ++j) {
-      const T *const as_first = p.deviations + j * stride + i, *const as_second = p.turned + j * stride + i;
-      const Vec<T> mu_j = broadcast(c.mu[j]), var_j = broadcast(c.var[j]);
-      const Vec<T> inverse_j = broadcast(p.unit * c.inverse[j]);
+// Adds those of the pairs of posteriors i, …, i + rows − 1 with [first, last), at most i, to `sums` of the former and
+// `others` of the latter, which are at `first`: of μ, and twice those of log σ². One line of dimensions, in [posteriors][kGroup].
+template <class T, int rows>
+static inline void pair_gradient_tile(const PairwiseKlDirect<T>& p, const PairValues<T>& values, int64_t i, int64_t first,
+                                      int64_t last, int64_t lane, T* const (&sums)[2], T* const (&others)[2]) {
+  const auto part = [&](int64_t row, PairPart k) { return load(values.data + row * values.kSize + k * kGroup<T> + lane); };
+  Vec<T> mu[rows], var[rows], inverse[rows], dmu[rows], dlog_var[rows];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const Vec<T> delta = mu[v] - mu_j, h = load(as_second + v * kLanes<T>);
-        const Vec<T> weighted = load(as_first + v * kLanes<T>) * inverse_j;
-        sums[gw][v] += weighted, sums[gwd][v] += weighted * delta;
-        sums[hd][v] += h * delta, sums[hp][v] += h * (delta * delta + var_j);
-      }
-    }
-    for (int s = 0; s < kSums; ++s)
-      for (int v = 0; v < vectors; ++v) totals[s][v] += sums[s][v];
+  for (int a = 0; a < rows; ++a) {
+    mu[a] = part(i + a, of_mu), var[a] = part(i + a, of_variance), inverse[a] = part(i + a, of_inverse);
+    dmu[a] = Vec<T>{}, dlog_var[a] = Vec<T>{};
   }
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t at = i + v * kLanes<T>;
-    const Vec<T> w = load(c.inverse + at), balance = load(p.balance + at);
-    store(dmu + at, p.scale * (totals[gwd][v] + w * totals[hd][v]));
-    store(dlog_var + at, p.scale * T(0.5) * ((load(c.var + at) * totals[gw][v] - w * totals[hp][v]) + balance));
+  T *mu_sum = others[0] + lane, *log_var_sum = others[1] + lane;
+  for (int64_t j = first; j < last; ++j, mu_sum += kGroup<T>, log_var_sum += kGroup<T>) {
+    const Vec<T> mu_j = part(j, of_mu), var_j = part(j, of_variance), inverse_j = part(j, of_inverse);
+    const T *const as_first = p.deviations + j * p.stride + i, *as_second = p.deviations + i * p.stride + j;
+    Vec<T> dmu_j = load(mu_sum), dlog_var_j = load(log_var_sum);
+#pragma GCC unroll 4
+    for (int a = 0; a < rows; ++a) {
+      const Vec<T> delta = mu[a] - mu_j, v = var[a] - var_j, square = delta * delta;
+      const Vec<T> of_first = as_first[a] * inverse_j, of_second = as_second[a * p.stride] * inverse[a];
+      const Vec<T> both = of_first + of_second;
+      dmu[a] += both * delta, dmu_j -= both * delta;
+      dlog_var[a] += both * v, dlog_var_j -= both * v;
+      dlog_var[a] -= of_second * square, dlog_var_j -= of_first * square;
+    }
+    store(mu_sum, dmu_j), store(log_var_sum, dlog_var_j);
+  }
+#pragma GCC unroll 4
+  for (int a = 0; a < rows; ++a) {
+    T *const at = sums[0] + (i + a) * kGroup<T> + lane, *const log_var_at = sums[1] + (i + a) * kGroup<T> + lane;
+    store(at, load(at) + dmu[a]), store(log_var_at, load(log_var_at) + dlog_var[a]);
   }
 }
 
-// The gradients of dimensions [first, last).
+// The gradients of a line: its results and what the next one needs of the posteriors i, … come into the cache meanwhile.
+template <class T>
+static inline void pair_prefetch(const PairwiseKlDirect<T>& p, int64_t i, int64_t line) {
+  const Posteriors<T>& b = p.batch;
+  const int64_t d = line * kGroup<T>, next = d + kGroup<T>;
+  for (int64_t row = i; row < i + kPairTile; ++row) {
+    __builtin_prefetch(p.gradients + row * b.D + d, 1), __builtin_prefetch(p.gradients + (b.N + row) * b.D + d, 1);
+    __builtin_prefetch(b.mu + row * b.mu_strides[0] + next * b.mu_strides[1]);
+    __builtin_prefetch(b.log_var + row * b.log_var_strides[0] + next * b.log_var_strides[1]);
+  }
+}
+
+// Those of all pairs in `sums`, from the values of one line; `others` have room for kPairBlock posteriors.
+template <class T>
+static void pair_line_gradient(const PairwiseKlDirect<T>& p, const PairValues<T>& values, T* const (&sums)[2],
+                               T* const (&others)[2]) {
+  const int64_t N = round_up(p.batch.N, kPairTile);
+  for (T* sum : sums) std::fill_n(sum, N * kGroup<T>, T(0));
+  for (int64_t run = 0; run < N; run += kGradientRun)
+    for (int64_t block = 0; block < std::min(N, run + kGradientRun); block += kPairBlock) {
+      const int64_t end = std::min(N, block + kPairBlock);
+      for (T* sum : others) std::fill_n(sum, kPairBlock * kGroup<T>, T(0));
+      for (int64_t i = std::max(run, block); i < std::min(N, run + kGradientRun); i += kPairTile) {
+        if (i < end) pair_prefetch(p, i, values.first);
+        const int64_t inside = (i - block) * kGroup<T>;
+        for (int64_t lane = 0; lane < kGroup<T>; lane += kLanes<T>) {
+          for (int64_t row = i; row < i + kPairTile; row += kFirstRows)
+            pair_gradient_tile<T, kFirstRows>(p, values, row, block, std::min(i, end), lane, sums, others);
+          for (int64_t row = i + 1; row < (i < end ? i + kPairTile : 0); ++row)
+            pair_gradient_tile<T, 1>(p, values, row, i, row, lane, sums, {others[0] + inside, others[1] + inside});
+        }
+      }
+      for (int k = 0; k < 2; ++k)
+        for (int64_t at = 0; at < (end - block) * kGroup<T>; ++at) sums[k][block * kGroup<T> + at] += others[k][at];
+    }
+}
+
+// The gradients of the lines [first, last).
 template <class T>
 static void pair_direct_gradient(const PairwiseKlDirect<T>& p, int64_t first, int64_t last) {
-  const int64_t N = p.batch.N, D = p.batch.D, stride = p.columns.stride;
-  Arena<T> arena(Scratch::task, kPairDims * stride, kPairDims * stride);
-  T *const dmu = arena.take(kPairDims * stride), *const dlog_var = arena.take(kPairDims * stride);
-  for (int64_t d0 = first; d0 < last; d0 += kPairDims) {
-    const int64_t count = std::min(kPairDims, last - d0);
-    for (int64_t k = 0; k < count; ++k)
-      in_tiles<kPairVectors>(stride / kLanes<T>, [&](auto vectors, int64_t v) {
-        pair_gradient_tile<T, vectors()>(p, d0 + k, v * kLanes<T>, dmu + k * stride, dlog_var + k * stride);
-      });
-    transpose(dmu, stride, 1, p.gradients + d0, D, count, N);
-    transpose(dlog_var, stride, 1, p.gradients + N * D + d0, D, count, N);
+  const int64_t N = p.batch.N, D = p.batch.D, size = PairValues<T>::size(N, 1), padded = round_up(N, kPairTile) * kGroup<T>;
+  constexpr int64_t block = kPairBlock * kGroup<T>;
+  Arena<T> arena(Scratch::task, size, padded, padded, block, block);
+  T *const data = arena.take(size), *const sums[] = {arena.take(padded), arena.take(padded)};
+  T* const others[] = {arena.take(block), arena.take(block)};
+  for (int64_t line = first; line < last; ++line) {
+    const PairValues<T> values{data, line, 1};
+    pair_pack(p.batch, values, line, line + 1, nullptr);
+    for (int64_t i = 0; i < N; ++i) {
+      T* const inverse = values.at(i, line) + of_inverse * kGroup<T>;
+      for (int64_t k = 0; k < kGroup<T>; ++k) inverse[k] *= p.unit;
+    }
+    pair_line_gradient(p, values, sums, others);
+    for (int k = 0; k < 2; ++k)
+      pair_unpack(p.batch, line * kGroup<T>, 0, N, p.gradients + k * N * D,
+                  [&](int64_t at) { return load(sums[k] + at) * (k == 0 ? p.scale : T(0.5) * p.scale); });
   }
 }
