@@ -9,17 +9,6 @@ constexpr int64_t kNodesOfChunk = 8;  // of every level: exponents are taken out
 template <class T>
 constexpr T kLargestVariance = sizeof(T) == 4 ? T(1e27) : T(1e290);
 
-// An expectation below this is 0: next to others and the prior's own it is nothing, but products with it would be below the
-// normal numbers, 150 cycles each (128 dimensions: five times the time of the gradients).
-template <class T>
-constexpr T kLeastExpectation = sizeof(T) == 4 ? T(1e-27) : T(1e-290);
-
-template <class T>
-static inline Vec<T> mmd_expectation(T weight, Vec<T> exponent) {
-  const Vec<T> e = weight * exp<T>(exponent);
-  return e < kLeastExpectation<T> ? Vec<T>{} : e;
-}
-
 template <class T>
 static void mmd_pack_variances(const NormalMmd<T>& p, int64_t panel, int64_t padded) {
   const int64_t first = panel * p.panel, n = std::min(p.panel, p.N - first);
@@ -90,7 +79,8 @@ static void mmd_expectations(const GaussianSum<T>& sum, int64_t node, int64_t ch
     const Vec<T> magic = broadcast<T>(Simd<T>::round);
     const Vec<T> exponent = (Vec<T>)((IntVec)magic + bits[k]) - magic;
     const Vec<T> log_det = (exponent - sum.powers[node + k]) * T(0.6931471805599453) + (log<T>(den[k]) - sum.rests[node + k]);
-    store(out + (node + k) * kPosteriorColumns, mmd_expectation<T>(sum.weights[node + k], T(-0.5) * (num[k] / den[k] + log_det)));
+    const Vec<T> e = sum.weights[node + k] * exp<T>(T(-0.5) * (num[k] / den[k] + log_det));
+    store(out + (node + k) * kPosteriorColumns, unless_negligible<T>(e));
   }
 }
 
