@@ -93,12 +93,12 @@ static inline void mmd_evaluate_rows(const MmdProfile<T>& p, T* tile, int64_t fi
     T* const column = tile + j * kMmdBlock + first;
     Vec<T> u[v], f[v] = {}, g[v] = {};
     for (int i = 0; i < v; ++i) u[i] = load(column + i * kLanes<T>);
-    Profile::template at<result == MmdResult::slope>(p, u, f, g);
+    Profile::template at<result == MmdResult::slope>(p, factor, u, f, g);
 #pragma GCC unroll 4
     for (int i = 0; i < v; ++i) {
       if (diagonal) f[i] = row[i] > (typename Simd<T>::Int)j ? f[i] : Vec<T>{};
       if (result != MmdResult::values) total[i] += f[i];
-      if (result != MmdResult::sum) store(column + i * kLanes<T>, result == MmdResult::slope ? g[i] * factor : f[i]);
+      if (result != MmdResult::sum) store(column + i * kLanes<T>, result == MmdResult::slope ? g[i] : f[i]);
     }
   }
   for (int i = 0; i < v; ++i) {
@@ -217,7 +217,8 @@ static double mmd_tile(const MmdProblem<T>& p, int64_t b, int64_t c, T* tile, T*
   const int64_t n = left_block.n, m = right_block.n;
   const T *const left = p.blocks + b * size, *const right = p.blocks + c * size;
   const bool same_set = &rows == &others;
-  const T factor = (same_set ? -4 : -2) * weight;  // ∂u/∂x = 2δ, and a pair of one set counts in both orders
+  // ∂u/∂x = 2δ, and a pair of one set counts in both orders.
+  const T factor = (same_set ? -4 : -2) * weight * kSlopeUnit<T>;
   const bool with_slopes = rows.grad || others.grad;
   const auto fill = b == c ? (with_slopes ? mmd_fill<MmdResult::slope, true, T> : mmd_fill<MmdResult::sum, true, T>)
                            : (with_slopes ? mmd_fill<MmdResult::slope, false, T> : mmd_fill<MmdResult::sum, false, T>);
@@ -254,6 +255,7 @@ static void mmd_store_grads(const MmdProblem<T>& p, int64_t first, int64_t last)
       const T* const more = grad + copy * p.size();
       for (int64_t i = 0; i < size; ++i) grad[i] += more[i];
     }
+    for (int64_t i = 0; i < size; ++i) grad[i] /= kSlopeUnit<T>;
     if (points.grad) transpose(grad, kMmdBlock, 1, points.grad + begin * p.D, p.D, p.D, n);
   }
 }

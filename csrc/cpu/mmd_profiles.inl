@@ -64,30 +64,30 @@ static void mmd_pack_profile(MmdProfile<T>& p, const double* scales, double unit
   if (p.kernel == MmdKernel::imq) mmd_pack_rational(p, exact, memory + 2 * S, memory + 3 * S, memory + 4 * S + 1);
 }
 
-// The profiles: f = k(u) and, if `with_slope`, g = −dk/du, for v vectors of squared distances.
+// The profiles: f = k(u) and, if `with_slope`, g = −factor dk/du, for v vectors of squared distances.
 struct MmdGaussian {
   template <bool with_slope, class T, int v>
-  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+  static inline void at(const MmdProfile<T>& p, T factor, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
     for (int64_t s = 0; s < p.scales; ++s)
 #pragma GCC unroll 4
       for (int i = 0; i < v; ++i) {
         const Vec<T> e = exp<T>(-u[i] * p.rates[s]);
         f[i] += e;
-        if (with_slope) g[i] += e * p.rates[s];
+        if (with_slope) g[i] += e * (p.rates[s] * factor);
       }
   }
 };
 
 struct MmdLaplacian {
   template <bool with_slope, class T, int v>
-  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+  static inline void at(const MmdProfile<T>& p, T factor, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
 #pragma GCC unroll 4
     for (int i = 0; i < v; ++i) {
       const Vec<T> r = square_root<T>(u[i]);
       for (int64_t s = 0; s < p.scales; ++s) {
         const Vec<T> e = exp<T>(-r * p.rates[s]);
         f[i] += e;
-        if (with_slope) g[i] += e * p.rates[s];
+        if (with_slope) g[i] += e * (p.rates[s] * factor);
       }
       if (with_slope) g[i] = u[i] == T(0) ? Vec<T>{} : g[i] * T(0.5) / r;
     }
@@ -96,25 +96,25 @@ struct MmdLaplacian {
 
 struct MmdEnergy {
   template <bool with_slope, class T, int v>
-  static inline void at(const MmdProfile<T>&, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+  static inline void at(const MmdProfile<T>&, T factor, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
 #pragma GCC unroll 4
     for (int i = 0; i < v; ++i) {
       const Vec<T> r = square_root<T>(u[i]);
       f[i] = -r;
-      if (with_slope) g[i] = u[i] == T(0) ? Vec<T>{} : T(0.5) / r;
+      if (with_slope) g[i] = u[i] == T(0) ? Vec<T>{} : T(0.5) * factor / r;
     }
   }
 };
 
 struct MmdRationalQuadratic {
   template <bool with_slope, class T, int v>
-  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+  static inline void at(const MmdProfile<T>& p, T factor, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
     for (int64_t s = 0; s < p.scales; ++s)
 #pragma GCC unroll 4
       for (int i = 0; i < v; ++i) {
         const Vec<T> base = u[i] * p.rates[s] + T(1), k = exp<T>(-p.widths[s] * log<T>(base));
         f[i] += k;
-        if (with_slope) g[i] += k / (base * p.unit);
+        if (with_slope) g[i] += k * factor / (base * p.unit);
       }
   }
 };
@@ -122,13 +122,13 @@ struct MmdRationalQuadratic {
 // One division a scale: for points so far apart that the polynomials would overflow, and many or very different scales.
 struct MmdInverse {
   template <bool with_slope, class T, int v>
-  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+  static inline void at(const MmdProfile<T>& p, T factor, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
     for (int64_t s = 0; s < p.scales; ++s)
 #pragma GCC unroll 4
       for (int i = 0; i < v; ++i) {
         const Vec<T> k = p.widths[s] / (u[i] + p.widths[s]);
         f[i] += k;
-        if (with_slope) g[i] += k * k * p.rates[s];
+        if (with_slope) g[i] += k * (p.rates[s] * factor) * k;
       }
   }
 };
@@ -136,7 +136,7 @@ struct MmdInverse {
 // One division for all scales: seven divisions would take as long as the distances at D = 64.
 struct MmdInverseRational {
   template <bool with_slope, class T, int v>
-  static inline void at(const MmdProfile<T>& p, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
+  static inline void at(const MmdProfile<T>& p, T factor, const Vec<T> (&u)[v], Vec<T> (&f)[v], Vec<T> (&g)[v]) {
     const int64_t S = p.scales;
     Vec<T> x[v], over[v], under[v];
 #pragma GCC unroll 4
@@ -161,6 +161,6 @@ struct MmdInverseRational {
       for (int i = 0; i < v; ++i) g[i] = g[i] * x[i] + a;
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < v; ++i) g[i] = g[i] * under[i] * under[i];
+    for (int i = 0; i < v; ++i) g[i] = g[i] * (under[i] * factor) * under[i];
   }
 };

@@ -201,6 +201,10 @@ static inline Vec<T> unless_negligible(Vec<T> x) {
   return x < kNegligible<T> ? Vec<T>{} : x;
 }
 
+// Sums of products with slopes of kernels are kept so many times as large: in far pairs they would leave the normal numbers.
+template <class T>
+constexpr T kSlopeUnit = T(int64_t{1} << 40);
+
 // log x to 1 ULP for normal x; log 0 = −inf, log inf = inf; NaN below 0 and for NaN.
 template <class T>
 static inline Vec<T> log(Vec<T> x) {
