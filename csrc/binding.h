@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/flush_to_zero.h"
 #include "cpu/kernels.h"
 #include "cpu/large_blocks.h"
 #include "cpu/scratch.h"
@@ -34,6 +35,15 @@ void for_each_task(int64_t n, const F& task) {
     torch::stable::parallel_for(0, n, 1, range);
   else
     range(0, n);
+}
+
+// The same where numbers below the normal ones count for nothing.
+template <class F>
+void for_each_task_flushed(int64_t n, const F& task) {
+  for_each_task(n, [&](int64_t i) {
+    const FlushToZero flush;
+    task(i);
+  });
 }
 
 // Tasks that `work` multiplications are worth: a power of two, which threads share evenly.

@@ -77,7 +77,7 @@ std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& z, const Tensor&
   if (responsibilities) resp = empty(z, {N, K});
   const GmmForward<T> p{in.mixture, in.rows, grid, log_prob.mutable_data_ptr<T>(),
                         resp ? resp->mutable_data_ptr<T>() : nullptr, arena.take(partial), arena.take(partial)};
-  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.forward(p, task); });
+  for_each_task_flushed(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.forward(p, task); });
   if (grid.splits > 1) kernels<T>().gmm.merge_forward(p);
   return {log_prob, resp};
 }
@@ -114,7 +114,7 @@ Gradients backward(const Tensor& grad, const Tensor& z, const Tensor& means, con
                          dlog_vars.mutable_data_ptr<T>(),
                          dlog_weights.mutable_data_ptr<T>(),
                          plain};
-  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.backward(p, task); });
+  for_each_task_flushed(grid.tasks(), [&](int64_t task) { kernels<T>().gmm.backward(p, task); });
   if (need_z && grid.splits > 1)
     in_parts(N * D, grid.splits, [&](int64_t first, int64_t last) { kernels<T>().gmm.merge_rows(p, first, last); });
   if (need_mixture)

@@ -55,7 +55,7 @@ std::tuple<Tensor, std::optional<Tensor>> forward(const Tensor& z, const Tensor&
   if (responsibilities) resp = empty(z, {N, K});
   const GmmFullForward<T> p{in.mixture, in.rows, grid, log_prob.mutable_data_ptr<T>(),
                             resp ? resp->mutable_data_ptr<T>() : nullptr};
-  for_each_task(grid.chunks, [&](int64_t task) { kernels<T>().gmm_full.forward(p, task); });
+  for_each_task_flushed(grid.chunks, [&](int64_t task) { kernels<T>().gmm_full.forward(p, task); });
   return {log_prob, resp};
 }
 
@@ -88,7 +88,7 @@ Gradients backward(const Tensor* grad, const Tensor& z, const Tensor& means, con
                              weight.mutable_data_ptr<double>(),
                              first.mutable_data_ptr<double>(),
                              second.mutable_data_ptr<double>()};
-  for_each_task(grid.tasks(), [&](int64_t task) { kernels<T>().gmm_full.backward(p, task); });
+  for_each_task_flushed(grid.tasks(), [&](int64_t task) { kernels<T>().gmm_full.backward(p, task); });
   if (need_z && grid.splits > 1)
     in_parts(N * D, grid.splits, [&](int64_t begin, int64_t end) { kernels<T>().gmm_full.merge_rows(p, begin, end); });
   if (need_mixture)

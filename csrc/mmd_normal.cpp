@@ -104,7 +104,7 @@ double sum_over_pairs(int64_t panels, const F& pair) {
   std::vector<double> sums(even / 2);
   double total = 0;
   for (int64_t round = 0; round < last; ++round) {
-    for_each_task(even / 2, [&](int64_t k) {
+    for_each_task_flushed(even / 2, [&](int64_t k) {
       const int64_t a = (round + k) % last, b = k == 0 ? last : (round + last - k) % last;
       sums[k] = std::max(a, b) < panels ? pair(std::min(a, b), std::max(a, b)) : 0;
     });
@@ -118,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            std::vector<double> rates, const std::vector<double>& weights,
                                            const std::vector<double>& widths, double prior_std, bool biased, bool need_x,
                                            bool need_log_var) {
+  const FlushToZero flush;  // of the tables
   const int64_t N = x.size(0), D = x.size(1);
   const double exponent = std::round(std::log2(prior_std * std::sqrt(double(D))));
   const double squared_unit = std::exp2(-2 * exponent) * D * prior_std * prior_std;  // D σ² in the kernels' units
@@ -160,17 +161,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
 
   const int64_t panels = ceil_div(N, p.panel);
   double sums[kMaxPanels];
-  for_each_task(panels, [&](int64_t panel) { kernels<T>().mmd_normal.pack(p, panel); });
+  for_each_task_flushed(panels, [&](int64_t panel) { kernels<T>().mmd_normal.pack(p, panel); });
   if (log_var) {
     const T largest = *std::max_element(p.largest, p.largest + panels);
     p.span = largest + std::max(largest, p.prior_variance);
     const double mean = std::accumulate(p.mean, p.mean + panels, 0.0) / double(panels);
     p.wide = wide_nodes(p.cross, p.span, 2 * mean, D, arena.take(polynomials));
   }
-  for_each_task(panels, [&](int64_t panel) { sums[panel] = kernels<T>().mmd_normal.rows(p, panel); });
+  for_each_task_flushed(panels, [&](int64_t panel) { sums[panel] = kernels<T>().mmd_normal.rows(p, panel); });
   double total = constant + sum_over_pairs(panels, [&](int64_t a, int64_t b) { return kernels<T>().mmd_normal.pairs(p, a, b); });
   for (int64_t panel = 0; panel < panels; ++panel) total += sums[panel];
-  if (gradient) for_each_task(panels, [&](int64_t panel) { kernels<T>().mmd_normal.finish(p, panel); });
+  if (gradient) for_each_task_flushed(panels, [&](int64_t panel) { kernels<T>().mmd_normal.finish(p, panel); });
   *value.mutable_data_ptr<T>() = static_cast<T>(total);
   return {value, dx, dlog_var};
 }

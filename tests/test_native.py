@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_engine.kernels import native, reparametrize
+from latent_engine.kernels import gmm_log_prob, mmd2_to_normal, native, reparametrize
 
 pytestmark = pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 
@@ -57,6 +57,14 @@ def test_special_values(isa, dtype):
 def test_arithmetic_counts_the_operations_of_whole_vectors(isa):
     lanes = {"base": 4, "avx2": 8, "avx512": 16}[isa]
     assert [native.cpp.arithmetic(rounds) for rounds in (0, 1, 3)] == [0, 16 * lanes, 48 * lanes]
+
+
+def test_numbers_below_the_normal_ones_are_pytorchs_again_after_a_call():
+    tiny = torch.full((2**18,), 1e-30)
+    z = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    gmm_log_prob(4 * z, z, z, z[:, 0], backend="cpp")
+    mmd2_to_normal(z, z, backend="cpp")
+    assert bool((tiny * 1e-9 > 0).all()) and float(tiny[0]) * 1e-290 > 0
 
 
 def test_unknown_level_is_refused():

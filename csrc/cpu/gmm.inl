@@ -214,7 +214,7 @@ template <class T>
 static void gmm_coefficients(T* logits, int64_t stride, int64_t components, int64_t padded, const T* grad, const T* shift) {
   for (int64_t k = 0; k < components; ++k, logits += stride)
     for (int64_t i = 0; i < padded; i += kLanes<T>)
-      store(logits + i, load(grad + i) * unless_negligible<T>(exp<T>(load(logits + i) - load(shift + i))));
+      store(logits + i, load(grad + i) * exp<T>(load(logits + i) - load(shift + i)));
 }
 
 template <class T>

@@ -50,10 +50,9 @@ static double mmd_normal_rows(const NormalMmd<T>& p, int64_t panel) {
 template <class T>
 static void mmd_normal_finish(const NormalMmd<T>& p, int64_t panel) {
   const int64_t first = panel * p.panel, n = std::min(p.panel, p.N - first);
-  const T unit = p.vt ? p.unit : p.unit / kSlopeUnit<T>;
   for (int64_t d = 0; d < p.D; ++d) {
     T* dx = p.dxt + d * p.stride + first;
-    for (int64_t i = 0; i < n; ++i) dx[i] *= unit;
+    for (int64_t i = 0; i < n; ++i) dx[i] *= p.unit;
     if (!p.dlog_var) continue;
     T* dv = p.dvt + d * p.stride + first;
     const T* v = p.vt + d * p.stride + first;

@@ -71,10 +71,10 @@ static void mmd_gaussian(const GaussianSum<T>& sum, T scale, T* values, T* slope
     for (int64_t q = 0; q < sum.count; ++q) {
       const Vec<T> term = sum.weights[q] * exp<T>(square * -sum.rates[q]);
       value += term;
-      if (slopes_too) slope += term * (sum.rates[q] * scale);
+      if (slopes_too) slope += term * sum.rates[q];
     }
     store(values + i, value);
-    if (slopes_too) store(slopes + i, slope);
+    if (slopes_too) store(slopes + i, slope * scale);
   }
 }
 
@@ -121,7 +121,7 @@ static void mmd_points_tile(const NormalMmd<T>& p, int64_t i, int64_t begin, int
     for (; j < n; j += kLanes<T>)
       mmd_points_distances<T, 1>(p.xt + i + k, p.xt + begin + j, p.stride, p.D, values + k * kPointColumns + j);
   }
-  const T scale = T(-2 * p.pair_weight) * kSlopeUnit<T>;
+  const T scale = T(-2 * p.pair_weight);
   for (int64_t k = 0; k < kPointRows; ++k) {
     T *const value = values + k * kPointColumns, *const slope = slopes + k * kPointColumns;
     if (p.imq_count) mmd_imq<T, gradient>(p.imq, p.imq_count, scale, value, slope, n);
@@ -165,7 +165,7 @@ static double mmd_points_cross(const NormalMmd<T>& p, int64_t first, int64_t las
       const T* x = p.xt + d * p.stride + i;
       for (int64_t j = 0; j < padded; ++j) values[j] += x[j] * x[j];
     }
-    mmd_gaussian<T, true>(p.cross, T(-2 * p.cross_weight) * kSlopeUnit<T>, values, slopes, padded);
+    mmd_gaussian<T, true>(p.cross, T(-2 * p.cross_weight), values, slopes, padded);
     std::fill(values + n, values + padded, T(0));
     sum += mmd_sum(values, padded);
     for (int64_t d = 0; p.dxt && d < p.D; ++d) {

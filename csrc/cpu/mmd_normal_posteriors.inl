@@ -79,8 +79,7 @@ static void mmd_expectations(const GaussianSum<T>& sum, int64_t node, int64_t ch
     const Vec<T> magic = broadcast<T>(Simd<T>::round);
     const Vec<T> exponent = (Vec<T>)((IntVec)magic + bits[k]) - magic;
     const Vec<T> log_det = (exponent - sum.powers[node + k]) * T(0.6931471805599453) + (log<T>(den[k]) - sum.rests[node + k]);
-    const Vec<T> e = sum.weights[node + k] * exp<T>(T(-0.5) * (num[k] / den[k] + log_det));
-    store(out + (node + k) * kPosteriorColumns, unless_negligible<T>(e));
+    store(out + (node + k) * kPosteriorColumns, sum.weights[node + k] * exp<T>(T(-0.5) * (num[k] / den[k] + log_det)));
   }
 }
 

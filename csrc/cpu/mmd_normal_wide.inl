@@ -39,7 +39,7 @@ static inline void mmd_wide_expectations(const WideNodes<T>& wide, MmdRow<T> row
     Vec<T> log_det = broadcast(log_t[0]), distance = squared[0] * inverse[0];
 #pragma GCC unroll 8
     for (int k = 1; k < terms; ++k) log_det += plain[k] * log_t[k], distance += squared[k] * inverse[k];
-    store(out + q * kPosteriorColumns, unless_negligible<T>(wide.weights[q] * exp<T>(T(-0.5) * (log_det + distance))));
+    store(out + q * kPosteriorColumns, wide.weights[q] * exp<T>(T(-0.5) * (log_det + distance)));
   }
 }
 

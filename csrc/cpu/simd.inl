@@ -191,20 +191,6 @@ static inline Vec<T> exp(Vec<T> x, Vec<T>& inverse) {
   return exp_limits<T>(x, scale<T>(e.fraction, e.n, e.shifted));
 }
 
-// Beside 1 such a number is nothing, but products with it would leave the normal numbers, 150 cycles each on Intel processors.
-template <class T>
-constexpr T kNegligible = sizeof(T) == 4 ? T(1e-27) : T(1e-290);
-
-// x ≥ 0, or 0 where it is negligible.
-template <class T>
-static inline Vec<T> unless_negligible(Vec<T> x) {
-  return x < kNegligible<T> ? Vec<T>{} : x;
-}
-
-// Sums of products with slopes of kernels are kept so many times as large: in far pairs they would leave the normal numbers.
-template <class T>
-constexpr T kSlopeUnit = T(int64_t{1} << 40);
-
 // log x to 1 ULP for normal x; log 0 = −inf, log inf = inf; NaN below 0 and for NaN.
 template <class T>
 static inline Vec<T> log(Vec<T> x) {
