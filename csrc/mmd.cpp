@@ -2,10 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "binding.h"
+#include "tournament.h"
 
 namespace latent_engine {
 namespace {
@@ -23,31 +24,11 @@ int64_t blocks_of_group(int64_t blocks, int64_t work) {
   return std::max({std::min(side, blocks / 4), ceil_div(blocks, kMostGroups), int64_t(1)});
 }
 
-// Copies of small samples, a task each, and one where the whole is not worth two; none of others, which play the tournament.
+// Copies of small samples, a task each, and one where the whole is not worth two; none of others, which meet in groups.
 int64_t copies_of(int64_t blocks, int64_t D, int64_t work) {
   if (blocks > kFewBlocks || D > kFewDimensions) return 0;
   return blocks * blocks / 2 * kMmdBlock * kMmdBlock * work < kTaskWork ? 1 : 2;
 }
-
-// A round-robin tournament: in round 0 each group meets itself, in round r ≥ 1 each meets one other, and every two meet
-// once (the circle method; with an odd number of groups one rests).
-struct Tournament {
-  int64_t groups, even;
-
-  explicit Tournament(int64_t groups_) : groups(groups_), even(groups_ + groups_ % 2) {}
-  int64_t rounds() const { return std::max<int64_t>(even, 1); }
-  int64_t games(int64_t round) const { return round == 0 ? groups : even / 2; }
-  int64_t most_games() const { return std::max(groups, even / 2); }
-
-  // The groups that meet, the smaller first; the second is `groups` where one rests.
-  std::pair<int64_t, int64_t> game(int64_t round, int64_t i) const {
-    if (round == 0) return {i, i};
-    const int64_t circle = even - 1;
-    if (i == 0) return {round - 1, circle};
-    const int64_t a = (round - 1 + i) % circle, b = (round - 1 - i + circle) % circle;
-    return {std::min(a, b), std::max(a, b)};
-  }
-};
 
 template <class T>
 MmdPoints<T> points(const Tensor& t, const Tensor* grad) {
@@ -72,7 +53,7 @@ void load(const MmdProblem<T>& p) {
 // A share of the tiles for each copy: nothing that one core writes is read by another, which at this size would take longer
 // than to compute it.
 template <class T>
-std::vector<double> sums_of_copies(const MmdProblem<T>& p) {
+double sum_of_copies(const MmdProblem<T>& p) {
   const int64_t blocks = p.block_count(), tiles = blocks * (blocks + 1) / 2;
   std::vector<double> sums(p.copies, 0.0);
   for_each_task(p.copies, [&](int64_t i) {
@@ -84,25 +65,19 @@ std::vector<double> sums_of_copies(const MmdProblem<T>& p) {
         if (tile * p.copies / tiles == i) sum += kernels<T>().mmd.pairs(copy, b, c);
     sums[i] = sum;
   });
-  return sums;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 template <class T>
-std::vector<double> sums_of_tournament(const MmdProblem<T>& p) {
+double sum_of_groups(const MmdProblem<T>& p) {
   load(p);
-  const Tournament schedule(p.groups());
-  const int64_t width = schedule.most_games();
-  std::vector<double> sums(schedule.rounds() * width, 0.0);
-  const auto play = [&](int64_t i) {
-    const auto [a, b] = schedule.game(i / width, i % width);
-    if (i % width < schedule.games(i / width) && b < schedule.groups) sums[i] = kernels<T>().mmd.pairs(p, a, b);
-  };
-  if (!p.grads)
-    for_each_task(static_cast<int64_t>(sums.size()), play);
-  else
-    for (int64_t round = 0; round < schedule.rounds(); ++round)
-      for_each_task(schedule.games(round), [&](int64_t i) { play(round * width + i); });
-  return sums;
+  const int64_t groups = p.groups();
+  return sum_of_games(groups, p.grads, [&](int64_t a, int64_t b, bool first, bool) {
+    double sum = b < groups ? kernels<T>().mmd.pairs(p, a, b) : 0;
+    for (const int64_t group : {a, b})
+      if (first && group < groups) sum += kernels<T>().mmd.pairs(p, group, group);
+    return sum;
+  });
 }
 
 template <class T>
@@ -121,11 +96,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, int
   MmdProblem<T> p = problem<T>(kernel, scales, unit, px, py, D, weights, group, copies, arena.take(constants));
   p.blocks = arena.take(size);
   if (need) p.grads = arena.take(size);
-  const std::vector<double> sums = copies ? sums_of_copies(p) : sums_of_tournament(p);
+  const double total = weights.constant + (copies ? sum_of_copies(p) : sum_of_groups(p));
   if (need)
     in_parts(blocks, kMmdBlock * D * 4, [&](int64_t first, int64_t last) { kernels<T>().mmd.store_grads(p, first, last); });
-  double total = weights.constant;
-  for (const double sum : sums) total += sum;
   *value.mutable_data_ptr<T>() = static_cast<T>(total);
   return {value, grad_x, grad_y};
 }

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "binding.h"
 #include "mmd_normal_wide.h"
+#include "tournament.h"
 
 namespace latent_engine {
 namespace {
@@ -96,23 +96,6 @@ int64_t panel_rows(int64_t N, int64_t work) {
   return round_up(ceil_div(N, std::max<int64_t>(panels / 2 * 2, 1)), kPanelRows);
 }
 
-// Sum of pair(a, b) over all pairs a < b of `panels` panels, in rounds in which each panel is in one pair only (the circle
-// method), so that tasks of a round may write to their panels; the sum is in one order whatever the threads.
-template <class F>
-double sum_over_pairs(int64_t panels, const F& pair) {
-  const int64_t even = panels + panels % 2, last = even - 1;
-  std::vector<double> sums(even / 2);
-  double total = 0;
-  for (int64_t round = 0; round < last; ++round) {
-    for_each_task_flushed(even / 2, [&](int64_t k) {
-      const int64_t a = (round + k) % last, b = k == 0 ? last : (round + last - k) % last;
-      sums[k] = std::max(a, b) < panels ? pair(std::min(a, b), std::max(a, b)) : 0;
-    });
-    for (const double sum : sums) total += sum;
-  }
-  return total;
-}
-
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& log_var,
                                            std::vector<double> rates, const std::vector<double>& weights,
@@ -160,7 +143,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
   }
 
   const int64_t panels = ceil_div(N, p.panel);
-  double sums[kMaxPanels];
   for_each_task_flushed(panels, [&](int64_t panel) { kernels<T>().mmd_normal.pack(p, panel); });
   if (log_var) {
     const T largest = *std::max_element(p.largest, p.largest + panels);
@@ -168,10 +150,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
     const double mean = std::accumulate(p.mean, p.mean + panels, 0.0) / double(panels);
     p.wide = wide_nodes(p.cross, p.span, 2 * mean, D, arena.take(polynomials));
   }
-  for_each_task_flushed(panels, [&](int64_t panel) { sums[panel] = kernels<T>().mmd_normal.rows(p, panel); });
-  double total = constant + sum_over_pairs(panels, [&](int64_t a, int64_t b) { return kernels<T>().mmd_normal.pairs(p, a, b); });
-  for (int64_t panel = 0; panel < panels; ++panel) total += sums[panel];
-  if (gradient) for_each_task_flushed(panels, [&](int64_t panel) { kernels<T>().mmd_normal.finish(p, panel); });
+  const double total = constant + sum_of_games(panels, gradient, [&](int64_t a, int64_t b, bool first, bool last) {
+    const FlushToZero flush;
+    double sum = 0;
+    for (const int64_t panel : {a, b})
+      if (first && panel < panels) sum += kernels<T>().mmd_normal.rows(p, panel);
+    if (b < panels) sum += kernels<T>().mmd_normal.pairs(p, a, b);
+    for (const int64_t panel : {a, b})
+      if (last && gradient && panel < panels) kernels<T>().mmd_normal.finish(p, panel);
+    return sum;
+  });
   *value.mutable_data_ptr<T>() = static_cast<T>(total);
   return {value, dx, dlog_var};
 }
