@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/flush_to_zero.h"
 #include "cpu/kernels.h"
@@ -25,16 +27,28 @@ constexpr int64_t kMaxTasks = 32;
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// Runs task(i) for i < n: in parallel if there is more than one. What a task computes must not depend on which thread runs it.
+// Runs task(i) for i < n: in parallel if there is more than one. Every thread has an equal share, and when that is done takes
+// what is left of the others': neither uneven tasks nor a core that something else runs on hold up the rest. What a task
+// computes must not depend on which thread runs it.
 template <class F>
 void for_each_task(int64_t n, const F& task) {
-  const auto range = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) task(i);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  if (n > 1)
-    torch::stable::parallel_for(0, n, 1, range);
-  else
-    range(0, n);
+  const int64_t threads = n > 1 ? std::min<int64_t>(n, torch::stable::get_num_threads()) : 1;
+  if (threads == 1) {
+    for (int64_t i = 0; i < n; ++i) task(i);
+    return;
+  }
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) shares[t].next = t * n / threads, shares[t].end = (t + 1) * n / threads;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t k = 0; k < threads; ++k) {
+      Share& share = shares[(first + k) % threads];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(i);
+    }
+  });
 }
 
 // The same where numbers below the normal ones count for nothing.
