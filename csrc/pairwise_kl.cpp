@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kExp = 10;  // in multiplications
 constexpr int64_t kColumnWork = 3 * kExp;
+constexpr int64_t kFetch = 8;         // a number from another core's cache, in multiplications
 constexpr int64_t kGramRows = 256;    // rows of the batch of a Gram matrix, at least
 constexpr int64_t kMomentRows = 128;  // rows of the batch of a task, at least
 
@@ -249,22 +250,23 @@ template <class T>
 double gram_deviation(const PairwiseKlMean<T>& means, bool need_grad, const Tensor& unit) {
   const Posteriors<T>& batch = means.batch;
   const int64_t N = batch.N, D = batch.D, width = round_up(2 * D, kGramTile);
+  const int64_t stride = width | kLine<double>;
   const int64_t rows = std::max({kGramRows, width, ceil_div(N, kMaxTasks)}), parts = ceil_div(N, rows);
-  Arena<double> arena(Scratch::launch, parts * GramSums::size(width), D, width, width, width);
-  PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width, rows, parts};
-  p.sums = arena.take(parts * GramSums::size(width)), p.level = arena.take(D);
+  Arena<double> arena(Scratch::launch, parts * GramSums::size(width, stride), D, width, width, width);
+  PairwiseKlGram<T> p{batch, means.moments + centre * D, need_grad, width, stride, rows, parts};
+  p.sums = arena.take(parts * GramSums::size(width, stride)), p.level = arena.take(D);
   p.a_mean = arena.take(width), p.b_mean = arena.take(width), p.inner = arena.take(width);
   const double mean = ops<T>().gram_means(p, means.sums);
   in_parts(parts, rows * width * width, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) ops<T>().gram_part(p, part);
   });
-  in_parts(width / kGramTile, kGramTile * parts * width,
+  in_parts(width / kGramTile, kGramTile * parts * width * kFetch,
            [&](int64_t first, int64_t last) { ops<T>().gram_sums(p, kGramTile * first, kGramTile * last); });
   const double pairs = static_cast<double>(N) * (N - 1), total = ops<T>().gram_total(p, mean);
   if (need_grad) {
     p.mean = -mean / (N - 1), p.unit = total == 0 ? 0 : 0.5 / std::sqrt(total * (pairs - 1));
     p.dmu = unit.mutable_data_ptr<T>(), p.dlog_var = p.dmu + N * D;
-    in_parts(ceil_div(N, kGramTile), 4 * kGramTile * width * width,
+    in_parts(ceil_div(N, kGramBlock), 4 * kGramBlock * width * width,
              [&](int64_t first, int64_t last) { ops<T>().gram_gradient(p, first, last); });
   }
   return 0.5 * std::sqrt(total / (pairs - 1));

@@ -91,7 +91,8 @@ struct PairwiseKlDirect {
   T* gradients;    // [2][N][D]
 };
 
-constexpr int64_t kGramTile = 8;  // features, or rows, of a product
+constexpr int64_t kGramTile = 8;    // features, or rows, of a product
+constexpr int64_t kGramBlock = 32;  // rows whose gradients take the Gram matrices at once
 
 // The deviation from Gram matrices of the features, where N is well above 4 D: 2 KL(i‖j) = a_i · b_j + r_i + c_j.
 template <class T>
@@ -99,9 +100,10 @@ struct PairwiseKlGram {
   Posteriors<T> batch;
   const T* centre;                   // [D]
   bool need_gradients;
-  int64_t width;                     // 2D, padded to whole tiles
+  int64_t width, stride;             // 2D, padded to whole tiles; of a row: an odd number of cache lines, which lie in
+                                     // different sets of the cache
   int64_t rows, parts;               // of a part of the batch; of them
-  double* sums;                      // [parts][GramSums::size(width)]
+  double* sums;                      // [parts][GramSums::size]
   double *level;                     // [D]: log σ² of the first row
   double *a_mean, *b_mean;           // [width]
   double r_mean, c_mean;             // of r and of c + D, with log σ² against `level`
@@ -112,15 +114,15 @@ struct PairwiseKlGram {
 
 // Sums over a part of the rows.
 struct GramSums {
-  double *gram_a, *gram_b;   // [width][width]: Σ ã ãᵀ, Σ b̃ b̃ᵀ, from the tile on the diagonal on
+  double *gram_a, *gram_b;   // [width][stride]: Σ ã ãᵀ, Σ b̃ b̃ᵀ, from the tile on the diagonal on
   double *row_a, *column_b;  // [width]: Σ ρ ã, Σ γ b̃
   double* squares;           // [1]: Σ (ρ² + γ²)
 
-  static int64_t size(int64_t width) { return 2 * width * (width + 1) + 8; }
+  static int64_t size(int64_t width, int64_t stride) { return 2 * width * (stride + 1) + 8; }
 
   template <class T>
   GramSums(const PairwiseKlGram<T>& p, int64_t part)
-      : gram_a(p.sums + part * size(p.width)), gram_b(gram_a + p.width * p.width), row_a(gram_b + p.width * p.width),
+      : gram_a(p.sums + part * size(p.width, p.stride)), gram_b(gram_a + p.width * p.stride), row_a(gram_b + p.width * p.stride),
         column_b(row_a + p.width), squares(column_b + p.width) {}
 };
 
@@ -151,7 +153,7 @@ struct PairwiseKlKernels {
   void (*gram_part)(const PairwiseKlGram<T>&, int64_t part);
   void (*gram_sums)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of features, whole tiles
   double (*gram_total)(const PairwiseKlGram<T>&, double mean);
-  void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of tiles of rows
+  void (*gram_gradient)(const PairwiseKlGram<T>&, int64_t first, int64_t last);  // of blocks of rows
 };
 
 }  // namespace latent_engine

@@ -8,13 +8,18 @@
 // Only the last term, (N − 1) T², cancels, and where N ≥ 4 D + 8 it is at most 2/3 of the others: the deviations are X − T
 // plus T on the diagonal, the first of rank 2 D + 3 at most, so their squares sum to T² (N − 2 D − 3) or more.
 
-constexpr int64_t kGramDepth = 64;  // rows whose features stay near while both matrices take them
+constexpr int64_t kGramDepth = 128;  // rows whose features stay near while both matrices take them
+constexpr int64_t kGramPanel = 24;   // columns that stay in the L1 cache while all rows of a matrix take them
 
 // out[rows][vectors] = Σ_k left[k·left_k + t·left_t] right[k][…], or plus what is there.
 template <int rows, int vectors>
 static inline void product_tile(const double* left, int64_t left_k, int64_t left_t, const double* right, int64_t right_stride,
                                 int64_t depth, bool add, double* out, int64_t out_stride) {
-  Vec<double> sums[rows][vectors] = {};
+  Vec<double> sums[rows][vectors];
+#pragma GCC unroll 8
+  for (int t = 0; t < rows; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sums[t][v] = Vec<double>{};
   for (int64_t k = 0; k < depth; ++k, left += left_k, right += right_stride) {
     Vec<double> row[vectors];
     for (int v = 0; v < vectors; ++v) row[v] = load(right + v * kLanes<double>);
@@ -23,7 +28,9 @@ static inline void product_tile(const double* left, int64_t left_k, int64_t left
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sums[t][v] += broadcast(left[t * left_t]) * row[v];
   }
+#pragma GCC unroll 8
   for (int t = 0; t < rows; ++t)
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       double* const at = out + t * out_stride + v * kLanes<double>;
       store(at, add ? load(at) + sums[t][v] : sums[t][v]);
@@ -40,6 +47,31 @@ static void product_rows(const double* left, int64_t left_k, int64_t left_t, con
       product_tile<rows, vectors()>(left + t * left_t, left_k, left_t, right + q, right_stride, depth, add,
                                     out + t * out_stride + q, out_stride);
     });
+}
+
+// f(first, last) over panels of `width` columns, whole tiles of which none is much narrower than the others.
+template <class F>
+static inline void in_panels(int64_t width, const F& f) {
+  const int64_t tiles = width / kGramTile, panels = (width + kGramPanel - 1) / kGramPanel;
+  for (int64_t k = 0; k < panels; ++k) f(k * tiles / panels * kGramTile, (k + 1) * tiles / panels * kGramTile);
+}
+
+// gram[width][stride] = Σ_n x[n·stride + k] x[n·stride + q], or plus what is there, from the tile on the diagonal on.
+static void gram_matrix(const double* x, int64_t depth, bool add, double* gram, int64_t width, int64_t stride) {
+  in_panels(width, [&](int64_t first, int64_t last) {
+    for (int64_t k = 0; k < last; k += kGramTile) {
+      const int64_t q = std::max(first, k);
+      product_rows(x + k, stride, 1, x + q, stride, depth, add, gram + k * stride + q, stride, last - q);
+    }
+  });
+}
+
+// out[rows][stride] = x[rows][stride] gram[width][stride], whole tiles of rows.
+static void gram_times(const double* x, int64_t rows, const double* gram, double* out, int64_t width, int64_t stride) {
+  in_panels(width, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; t < rows; t += kGramTile)
+      product_rows(x + t * stride, 1, stride, gram + first, stride, width, false, out + t * stride + first, stride, last - first);
+  });
 }
 
 static inline double gram_dot(const double* x, const double* y, int64_t width) {
@@ -100,8 +132,7 @@ static void gram_features(const PairwiseKlGram<T>& p, int64_t n, double* a, doub
 // gradients of the features with ρ and γ as weights.
 template <class T>
 static void gram_part(const PairwiseKlGram<T>& p, int64_t part) {
-  const int64_t width = p.width, end = std::min(p.batch.N, (part + 1) * p.rows);
-  const int64_t stride = width | kGroup<double>;  // an odd number of cache lines, so that rows fall into different sets
+  const int64_t width = p.width, stride = p.stride, end = std::min(p.batch.N, (part + 1) * p.rows);
   const GramSums sums(p, part);
   std::fill(sums.row_a, sums.squares + 1, 0.0);
   Arena<double> arena(Scratch::task, kGramDepth * stride, kGramDepth * stride, kGramDepth, kGramDepth);
@@ -111,10 +142,8 @@ static void gram_part(const PairwiseKlGram<T>& p, int64_t part) {
     const int64_t depth = std::min(kGramDepth, end - n0);
     for (int64_t n = 0; n < depth; ++n) gram_features(p, n0 + n, a + n * stride, b + n * stride, row[n], column[n]);
     const bool add = n0 > part * p.rows;
-    for (int64_t k = 0; k < width; k += kGramTile) {
-      product_rows(a + k, stride, 1, a + k, stride, depth, add, sums.gram_a + k * (width + 1), width, width - k);
-      product_rows(b + k, stride, 1, b + k, stride, depth, add, sums.gram_b + k * (width + 1), width, width - k);
-    }
+    gram_matrix(a, depth, add, sums.gram_a, width, stride);
+    gram_matrix(b, depth, add, sums.gram_b, width, stride);
     for (int64_t n = 0; n < depth; ++n) *sums.squares += row[n] * row[n] + column[n] * column[n];
     for (int64_t n = 0; n < (p.need_gradients ? depth : 0); ++n)
       for (int64_t k = 0, at = n * stride; k < width; ++k, ++at)
@@ -126,24 +155,24 @@ static void gram_part(const PairwiseKlGram<T>& p, int64_t part) {
 // the Gram matrices. For gradients these are mirrored below the diagonal.
 template <class T>
 static void gram_sums(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
-  const int64_t width = p.width;
+  const int64_t width = p.width, stride = p.stride;
   const GramSums all(p, 0);
   for (int64_t part = 1; part < p.parts; ++part) {
     const GramSums sums(p, part);
     for (int64_t k = first; k < last; ++k) {
       all.row_a[k] += sums.row_a[k], all.column_b[k] += sums.column_b[k];
-      for (int64_t i = k * width + gram_group(k); i < (k + 1) * width; ++i)
+      for (int64_t i = k * stride + gram_group(k); i < k * stride + width; ++i)
         all.gram_a[i] += sums.gram_a[i], all.gram_b[i] += sums.gram_b[i];
     }
   }
   for (int64_t k = first; k < last; ++k) {
     const int64_t group = gram_group(k), after = group + kGramTile;
-    const double *const a = all.gram_a + k * width, *const b = all.gram_b + k * width;
+    const double *const a = all.gram_a + k * stride, *const b = all.gram_b + k * stride;
     p.inner[k] = gram_dot(a + group, b + group, kGramTile) + 2 * gram_dot(a + after, b + after, width - after);
   }
   for (double* const gram : {all.gram_a, all.gram_b})
     for (int64_t q = p.need_gradients ? gram_group(first) : width; q < width; ++q)
-      for (int64_t k = first; k < std::min(last, gram_group(q)); ++k) gram[q * width + k] = gram[k * width + q];
+      for (int64_t k = first; k < std::min(last, gram_group(q)); ++k) gram[q * stride + k] = gram[k * stride + q];
 }
 
 // Σ (X_ij − T)² over the pairs, of which `mean` is κ.
@@ -156,28 +185,30 @@ static double gram_total(const PairwiseKlGram<T>& p, double mean) {
   return std::max(inner + N * (squares - mean * mean * N / (N - 1)), 0.0);
 }
 
-// Gradients of rows [kGramTile first, kGramTile last) from H_ij = X_ij − T, whose mean over all pairs is p.mean:
+// Gradients of rows [kGramBlock first, kGramBlock last) from H_ij = X_ij − T, whose mean over all pairs is p.mean:
 //     Σ_j H_ij b_j = N (mean + ρ_i) b̄ + Σ_j γ_j b̃_j + (Σ b̃ b̃ᵀ) ã_i, and likewise Σ_i H_ij a_i.
 template <class T>
 static void gram_gradient(const PairwiseKlGram<T>& p, int64_t first, int64_t last) {
-  const int64_t N = p.batch.N, D = p.batch.D, width = p.width;
+  const int64_t N = p.batch.N, D = p.batch.D, width = p.width, stride = p.stride;
   const GramSums sums(p, 0);
-  const int64_t size = kGramTile * width;
+  const int64_t size = kGramBlock * stride;
   Arena<double> arena(Scratch::task, size, size, size, size);
   double *const features_a = arena.take(size), *const features_b = arena.take(size);
   double *const by_a = arena.take(size), *const by_b = arena.take(size);
-  double row_terms[kGramTile], column_terms[kGramTile];
+  double row_terms[kGramBlock], column_terms[kGramBlock];
   CentredRow<T> row;
-  for (int64_t n0 = kGramTile * first; n0 < std::min(N, kGramTile * last); n0 += kGramTile) {
-    const int64_t rows = std::min(N - n0, kGramTile);
-    for (int64_t t = 0; t < kGramTile; ++t)  // a short tile repeats its last row
-      gram_features(p, n0 + std::min(t, rows - 1), features_a + t * width, features_b + t * width, row_terms[t], column_terms[t]);
-    product_rows(features_a, 1, width, sums.gram_b, width, width, false, by_a, width, width);
-    product_rows(features_b, 1, width, sums.gram_a, width, width, false, by_b, width, width);
+  for (int64_t n0 = kGramBlock * first; n0 < std::min(N, kGramBlock * last); n0 += kGramBlock) {
+    const int64_t rows = std::min(N - n0, kGramBlock);
+    const int64_t padded = round_up(rows, kGramTile);
+    for (int64_t t = 0; t < padded; ++t)  // a short tile repeats its last row
+      gram_features(p, n0 + std::min(t, rows - 1), features_a + t * stride, features_b + t * stride, row_terms[t],
+                    column_terms[t]);
+    gram_times(features_a, padded, sums.gram_b, by_a, width, stride);
+    gram_times(features_b, padded, sums.gram_a, by_b, width, stride);
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t n = n0 + t;
       const double of_r = N * (p.mean + row_terms[t]), of_c = N * (p.mean + column_terms[t]);
-      double *const a = by_a + t * width, *const b = by_b + t * width;
+      double *const a = by_a + t * stride, *const b = by_b + t * stride;
       for (int64_t k = 0; k < width; ++k) {
         a[k] += of_r * p.b_mean[k] + sums.column_b[k];
         b[k] += of_c * p.a_mean[k] + sums.row_a[k];
