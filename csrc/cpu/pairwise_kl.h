@@ -122,8 +122,8 @@ struct GramSums {
 
   template <class T>
   GramSums(const PairwiseKlGram<T>& p, int64_t part)
-      : gram_a(p.sums + part * size(p.width, p.stride)), gram_b(gram_a + p.width * p.stride), row_a(gram_b + p.width * p.stride),
-        column_b(row_a + p.width), squares(column_b + p.width) {}
+      : gram_a(p.sums + part * size(p.width, p.stride)), gram_b(gram_a + p.width * p.stride),
+        row_a(gram_b + p.width * p.stride), column_b(row_a + p.width), squares(column_b + p.width) {}
 };
 
 template <class T>

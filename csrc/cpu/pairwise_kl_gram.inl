@@ -15,7 +15,7 @@ constexpr int64_t kGramPanel = 24;   // columns that stay in the L1 cache while 
 template <int rows, int vectors>
 static inline void product_tile(const double* left, int64_t left_k, int64_t left_t, const double* right, int64_t right_stride,
                                 int64_t depth, bool add, double* out, int64_t out_stride) {
-  Vec<double> sums[rows][vectors];
+  Vec<double> sums[rows][vectors];  // in registers: where one of the loops over it is rolled, GCC zeroes it in memory
 #pragma GCC unroll 8
   for (int t = 0; t < rows; ++t)
 #pragma GCC unroll 4
@@ -70,7 +70,8 @@ static void gram_matrix(const double* x, int64_t depth, bool add, double* gram, 
 static void gram_times(const double* x, int64_t rows, const double* gram, double* out, int64_t width, int64_t stride) {
   in_panels(width, [&](int64_t first, int64_t last) {
     for (int64_t t = 0; t < rows; t += kGramTile)
-      product_rows(x + t * stride, 1, stride, gram + first, stride, width, false, out + t * stride + first, stride, last - first);
+      product_rows(x + t * stride, 1, stride, gram + first, stride, width, false, out + t * stride + first, stride,
+                   last - first);
   });
 }
 
@@ -198,8 +199,7 @@ static void gram_gradient(const PairwiseKlGram<T>& p, int64_t first, int64_t las
   double row_terms[kGramBlock], column_terms[kGramBlock];
   CentredRow<T> row;
   for (int64_t n0 = kGramBlock * first; n0 < std::min(N, kGramBlock * last); n0 += kGramBlock) {
-    const int64_t rows = std::min(N - n0, kGramBlock);
-    const int64_t padded = round_up(rows, kGramTile);
+    const int64_t rows = std::min(N - n0, kGramBlock), padded = round_up(rows, kGramTile);
     for (int64_t t = 0; t < padded; ++t)  // a short tile repeats its last row
       gram_features(p, n0 + std::min(t, rows - 1), features_a + t * stride, features_b + t * stride, row_terms[t],
                     column_terms[t]);
