@@ -144,6 +144,15 @@ def test_sums_have_shared_gradients(implementation):
             assert torch.equal(actual, other)
 
 
+def test_gradients_of_single_columns_with_no_stride(implementation):
+    backend, device = implementation
+    inputs = [t.contiguous() for t in posterior(3, 5, 1, device=device)]
+    grads = [torch.rand(3, 5, 1, device=device), torch.rand(5, device=device).as_strided((5, 1), (1, 0))]
+    expected = run(inputs, [g.contiguous() for g in grads], backend="reference")
+    for actual, other in zip(run(inputs, grads, backend=backend), expected, strict=True):
+        torch.testing.assert_close(actual, other)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4), (2, 6, 3, 2)], ids=str)
 def test_any_shape(implementation, shape):
     backend, device = implementation

@@ -13,6 +13,7 @@ struct ReparametrizeArray {
   int64_t stride_s, stride_n;
 
   const T* at(int64_t s, int64_t n) const { return data + s * stride_s + n * stride_n; }
+  bool is_dense(int64_t D) const { return !data || stride_n == D; }  // rows lie next to one another, too
 };
 
 template <class T>
@@ -33,7 +34,7 @@ template <class T>
 struct ReparametrizeBackward {
   ReparametrizeInputs<T> inputs;
   ReparametrizeArray<T> grad_z, grad_kl;
-  bool grad_kl_is_shared;  // by the elements of a row
+  bool grad_kl_is_shared;  // by the elements of a row, or where its stride is 0 by all
   T *dmean, *dlog_var;     // [N, D] or null
   bool past_cache;         // both
 };
