@@ -80,10 +80,10 @@ void in_parts(int64_t n, int64_t work, const F& f) {
 // memory it cannot be resized beyond that.
 inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, bool is_wide = false) {
   constexpr int kMaxDims = 64;  // of PyTorch
-  int64_t strides[kMaxDims], numel = 1;
+  int64_t strides[kMaxDims], stride = 1, numel = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
-    strides[i] = numel;
-    numel *= std::max<int64_t>(sizes[i], 1);
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1), numel *= sizes[i];
   }
   is_wide = is_wide || like.scalar_type() == ScalarType::Double;
   const int32_t dtype = is_wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 NAMESPACE = "latent_engine"
 # Asked for at every call: by these names, since little of Python is left in the caches between the layers of a network.
@@ -81,7 +82,8 @@ class Differentiable:
     def eager(self, backend: str, *args: object) -> Any:
         """The same where neither torch.compile nor a transform of torch.func looks on."""
         *_, run, apply = self._triton if backend == "triton" else self._compiled
-        return apply(*args) if torch.is_grad_enabled() else run(*args)
+        # `no_grad` leaves forward-mode AD on.
+        return apply(*args) if torch.is_grad_enabled() or forward_ad._current_level >= 0 else run(*args)
 
     @staticmethod
     def _wire(forward_op: OpOverload, backward_op: OpOverload | None, save: Callable, gradients: Callable,
@@ -94,7 +96,12 @@ class Differentiable:
             with torch._C._AutoDispatchBelowAutograd():  # autograd is that of the Functions
                 return forward_op(*args)
 
+        def no_tangents(ctx, *tangents):
+            raise NotImplementedError(f"{forward_op}: forward-mode AD is not supported; use reverse mode, or "
+                                      f"backend='reference'.")
+
         class Transformed(torch.autograd.Function):
+            jvp = staticmethod(no_tangents)
             forward = staticmethod(run)
             setup_context = staticmethod(save)
             backward = staticmethod(backward_)
@@ -108,6 +115,7 @@ class Differentiable:
 
         class Eager(torch.autograd.Function):  # without `setup_context` a call between layers takes 5 µs less
             backward = staticmethod(backward_)
+            jvp = staticmethod(no_tangents)
 
             @staticmethod
             def forward(ctx, *args):

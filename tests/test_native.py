@@ -104,6 +104,14 @@ def test_large_results_lie_where_freed_ones_did(size):
     assert bool((second == 2).all()) and bool((third == 3).all())
 
 
+def test_results_without_elements_take_no_large_block():
+    native.cpp.release_memory()
+    place = shifted(2**21, 1.0).data_ptr()
+    zeros = torch.zeros(2, 2**20)
+    gradients = torch.ops.latent_engine.pairwise_kl_diversity_fwd(zeros, zeros, False)[1]
+    assert gradients.shape == (0, 2, 2**20) and shifted(2**21, 2.0).data_ptr() == place
+
+
 def test_large_results_of_many_threads_keep_apart():
     def work(thread: int) -> bool:
         mine = [shifted(2**20 + 64 * i, 10.0 * thread + i) for i in range(3)]

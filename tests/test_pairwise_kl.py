@@ -183,6 +183,25 @@ def test_far_posteriors_have_no_diversity_loss(implementation):
     assert all(t.isfinite().all() for t in found.values())
 
 
+@pytest.mark.parametrize("N", [5, 9, 12, 20])
+def test_a_level_whose_square_overflows(implementation, N):
+    backend, device = implementation
+    _, log_var = posteriors(N, 20, device=device)
+    weights = torch.ones(20, device=device)
+    level, origin = (run([torch.full_like(log_var, mu), log_var], weights, backend) for mu in (3e19, 0.0))
+    for name, t in level.items():
+        torch.testing.assert_close(t, origin[name], msg=name)
+
+
+def test_one_posterior_beyond_the_range_of_squares(implementation):
+    backend, device = implementation
+    for N in (5, 9, 12, 20):
+        mu = torch.zeros(N, 3, device=device)
+        mu[1] = 1e20
+        value = pairwise_kl_diversity(mu, torch.zeros_like(mu), backend=backend)
+        assert value.item() == pytest.approx(3 * math.log(2) * (N - 1) * (N - 2) / (N * (N - 1)), rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
 def test_nan_reaches_only_its_dimension(implementation, value):
     backend, device = implementation

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from latent_engine.kernels import (
     bernoulli_log_prob,
@@ -35,6 +36,13 @@ OPS = {
     "reparametrize": lambda x, b: torch.hstack(reparametrize(x, x.cos(), T, backend=b)),
     "logistic_mixture": lambda x, b: logistic_mixture_log_prob(T[:1, :1, None, None], x.reshape(1, 18, 1, 1), backend=b),
 }
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_tangents_are_refused_also_without_gradients(op):
+    for enabled in (True, False):
+        with forward_ad.dual_level(), torch.set_grad_enabled(enabled), pytest.raises(NotImplementedError, match="forward-mode"):
+            op(forward_ad.make_dual(T, T), None)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

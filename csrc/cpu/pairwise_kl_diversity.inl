@@ -44,23 +44,24 @@ static inline __attribute__((always_inline)) void exp2_below(Vec<T> (&x)[n]) {
   together<n>([&](int t) { x[t] = x[t] < PairExp<T>::min ? Vec<T>{} : y[t]; });
 }
 
+// The second posteriors j, ….
 template <class Layout, class T, bool need_gradients>
 struct SoftplusTile {
   static constexpr bool gradients = need_gradients;
+  static constexpr int step = pair_step(gradients);
   const T* halves;
   int64_t j;
-  Vec<T> factors[kPairTile], offsets[kPairTile], q[kPairTile];
+  Vec<T> factors[step], offsets[step], q[step];
 
-  // Those of the posteriors j + first, … of the tile.
-  template <bool on_diagonal, int n>
-  inline __attribute__((always_inline)) void weights(int first, int64_t i, const Vec<T> (&p)[n], Vec<T> (&g)[n]) {
+  template <bool on_diagonal>
+  inline __attribute__((always_inline)) void weights(int64_t i, const Vec<T> (&p)[step], Vec<T> (&g)[step]) {
     const Vec<T> half = load(halves + i);
-    Vec<T> e[n];
-    together<n>([&](int t) { e[t] = p[t] * factors[first + t] + (half + offsets[first + t]); });
+    Vec<T> e[step];
+    together<step>([&](int t) { e[t] = p[t] * factors[t] + (half + offsets[t]); });
     exp2_below<T>(e);
-    if (on_diagonal) together<n>([&](int t) { e[t] = Layout::without(e[t], i, j + first + t); });
-    together<n>([&](int t) { q[first + t] = q[first + t] * e[t] + (q[first + t] + e[t]); });
-    together<n>([&](int t) { g[t] = e[t] / (e[t] + T(1)); });
+    if (on_diagonal) together<step>([&](int t) { e[t] = Layout::without(e[t], i, j + t); });
+    together<step>([&](int t) { q[t] = q[t] * e[t] + (q[t] + e[t]); });
+    together<step>([&](int t) { g[t] = e[t] / (e[t] + T(1)); });
   }
 };
 
@@ -76,17 +77,18 @@ class SoftplusWeights {
   Tile begin(int64_t j, int r) const {
     constexpr T log2_e = T(1.4426950408889634);
     const int64_t lane = r * kLanes<T>;
-    Tile tile{c_.halves, j, {}, {}, {}};
-    for (int t = 0; t < kPairTile; ++t) {
+    Tile tile;
+    tile.halves = c_.halves, tile.j = j;
+    together<Tile::step>([&](int t) {
       tile.factors[t] = T(-0.5) * log2_e * c_.second(c_.inverse, j + t, lane);
       tile.offsets[t] = j + t < N_ ? T(0.5) * log2_e - c_.second(c_.halves, j + t, lane) : broadcast(T(-1e30));
-      tile.q[t] = products_[t][r];
-    }
+      tile.q[t] = products_[j % kPairTile + t][r];
+    });
     return tile;
   }
 
   void end(const Tile& tile, int r) {
-    for (int t = 0; t < kPairTile; ++t) products_[t][r] = tile.q[t];
+    together<Tile::step>([&](int t) { products_[tile.j % kPairTile + t][r] = tile.q[t]; });
   }
 
   // After a tile with `rows` values of first posteriors.

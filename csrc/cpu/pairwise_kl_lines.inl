@@ -39,7 +39,9 @@ struct PairLines {
       for (int64_t at = lane; at < p.N * kGroup<T>; at += kGroup<T>)
         store(halves + at, (load(halves + at) - mean) * T(0.5 * 1.4426950408889634));
     }
-    for (T* padding : {mu, var, inverse}) std::fill(padding + p.N * kGroup<T>, padding + stride(p.N), T(0));
+    for (int64_t at = p.N * kGroup<T>; at < stride(p.N); ++at) mu[at] = mu[at - kGroup<T>];
+    std::fill(var + p.N * kGroup<T>, var + stride(p.N), T(0));
+    std::fill(inverse + p.N * kGroup<T>, inverse + stride(p.N), T(1));
     std::fill(halves + p.N * kGroup<T>, halves + stride(p.N), T(-1e30));
   }
 };

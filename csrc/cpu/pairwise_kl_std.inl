@@ -13,7 +13,8 @@ constexpr int64_t kGradientRun = 256;  // posteriors whose gradients are added u
 enum PairPart { of_mu, of_variance, of_inverse };
 
 // Packs the lines [first, last), a run at most. Dimensions past D have equal posteriors. Unless null, log_det[N] gains the
-// log-determinants; so that those of close posteriors lose no digits to a common level, that of the first one is left out.
+// log-determinants; so that those of close posteriors lose no digits to a common level, that of the first one is left out. The
+// padding has the last means: δ² overflows only where it does elsewhere.
 template <class T>
 static void pair_pack(const Posteriors<T>& p, const PairValues<T>& values, int64_t first, int64_t last, double* log_det) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
@@ -35,7 +36,10 @@ static void pair_pack(const Posteriors<T>& p, const PairValues<T>& values, int64
     if (log_det) log_det[i] += sum_lanes<T>(level);
   }
   for (int64_t i = p.N; i < round_up(p.N, kPairTile); ++i)
-    for (int64_t line = first; line < last; ++line) std::fill_n(values.at(i, line), values.kSize, T(0));
+    for (int64_t line = first; line < last; ++line) {
+      std::fill_n(values.at(i, line), values.kSize, T(0));
+      std::copy_n(values.at(p.N - 1, line), kGroup<T>, values.at(i, line));
+    }
 }
 
 // Means of the dimensions of a line. Of a mean only Σ v Σ w − N² cancels: the other sums may be of T, over runs of posteriors.
