@@ -332,11 +332,13 @@ def _vmap(call, info, in_dims, x, a, b, mask, kind, event_dims):
     folded = [rows(t, dim) for t, dim in pairs]
     S = max(t.shape[1] for t in folded[:2])
 
-    def join(t):
+    def join(t, shared=True):
         if t is not None:
-            return t[0] if t.shape[:2] == (1, 1) else t.expand(info.batch_size, S, *t.shape[2:]).flatten(0, 1)
+            is_one = shared and t.shape[:2] == (1, 1)
+            return t[0] if is_one else t.expand(info.batch_size, S, *t.shape[2:]).flatten(0, 1)
 
-    log_prob = call(*map(join, folded), kind, 1).unflatten(0, (info.batch_size, S))
+    x, a, *others = folded  # the number of samples is that of x or a
+    log_prob = call(join(x), join(a, shared=False), *map(join, others), kind, 1).unflatten(0, (info.batch_size, S))
     return log_prob.reshape(info.batch_size, *log_prob.shape[3 - leading:]), 0
 
 

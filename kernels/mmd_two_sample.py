@@ -8,6 +8,7 @@ diagonal zero, and a ∈ {0, 1}^{N+M} the points called x, the three sums of the
 so that P relabellings at once are the product of K with a matrix [N + M, P].
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ def median_heuristic(x: Tensor, y: Tensor | None = None) -> Tensor:
         x, y: `[N, D]` and `[M, D]`; two points or more in all.
 
     Returns:
-        A scalar tensor of the dtype that `mmd2` would give: exactly the (lower) median over all pairs, NaN if any point is.
+        A scalar tensor of the dtype that `mmd2` would give: exactly the (lower) median over all pairs. NaN if any point is,
+        or if the median is a distance between infinite points.
         Found digit by digit of 16 bits, each from a count over blocks of distances: time O((N + M)²·D), extra memory
         O(N + M). Not differentiable.
 
@@ -87,6 +89,9 @@ def median_heuristic(x: Tensor, y: Tensor | None = None) -> Tensor:
         raise ValueError(f"median_heuristic: needs two or more points, given {pool.shape[0]}.")
     if pool.isnan().any():
         return pool.new_tensor(torch.nan)
+    exponent = math.frexp(pool.abs().max().item())[1]
+    unit = math.ldexp(1, max(-126, min(126, exponent)))  # in this unit squares stay in the range of floats
+    pool = pool / unit
     bits, integer = (64, torch.int64) if pool.dtype == torch.float64 else (32, torch.int32)
     prefix, rank = 0, (pairs - 1) // 2
     for shift in range(bits - 16, -1, -16):  # the order of floats ≥ 0 is that of their bits
@@ -94,13 +99,13 @@ def median_heuristic(x: Tensor, y: Tensor | None = None) -> Tensor:
         for start, stop in _blocks(pool.shape[0]):
             distances = torch.cdist(pool[start:stop], pool[start:], compute_mode="donot_use_mm_for_euclid_dist")
             later = torch.ones_like(distances, dtype=torch.bool).triu_(1)
-            keys = distances[later].view(integer).long() >> shift
+            keys = distances[later].abs().view(integer).long() >> shift  # NaN, of two infinite points, comes last
             counts += torch.bincount(keys[keys >> 16 == prefix] & 0xFFFF, minlength=1 << 16)
         below = counts.cumsum(0)
         digit = int(torch.searchsorted(below, rank, right=True))
         rank -= int(below[digit - 1]) if digit else 0
         prefix = prefix << 16 | digit
-    return torch.tensor(prefix, dtype=integer, device=pool.device).view(pool.dtype)
+    return torch.tensor(prefix, dtype=integer, device=pool.device).view(pool.dtype) * unit
 
 
 @torch.no_grad()

@@ -62,6 +62,17 @@ def test_compiles_to_one_graph(dynamic):
             torch.testing.assert_close(a, e)
 
 
+def test_vmap_over_all_but_the_mean():
+    (x, logits), (counts, mean, log_r), generator = draw(0, 1, 4, 3), draw(3, 1, 4, 3), torch.Generator().manual_seed(0)
+    masks = torch.rand(5, 4, 3, generator=generator) > 0.5
+    calls = {"mask": (lambda m, b: bernoulli_log_prob(x, logits, mask=m, backend=b), masks),
+             "variance": (lambda v, b: gaussian_log_prob(x, logits, v, backend=b), torch.randn(5, generator=generator)),
+             "dispersion": (lambda r, b: OPS[3](counts, mean, r, backend=b), log_r + torch.arange(5.0)[:, None, None])}
+    for name, (call, batch) in calls.items():
+        expected = torch.stack([call(t, "reference") for t in batch])
+        torch.testing.assert_close(torch.func.vmap(lambda t, call=call: call(t, None))(batch), expected, msg=name)
+
+
 def test_vmap_and_func_grad():
     x, mean, log_var = draw(1, 4, 6, 5, shared=(5,))
     batched = torch.func.vmap(lambda m: gaussian_log_prob(x, m, log_var))(mean)

@@ -68,6 +68,11 @@ def test_median_of_odd_inputs():
     assert median_heuristic(x).isfinite()
     x[3] = torch.nan
     assert median_heuristic(x).isnan()
+    assert median_heuristic(torch.full((2, 1), torch.inf)).isnan()
+    assert median_heuristic(torch.tensor([[torch.inf]] * 4 + [[0.0]])).isnan()
+    for scale in (1e-38, 1e-25, 1e20, 3e37):
+        found = median_heuristic(torch.tensor([[0.0], [1.0], [3.0]]) * scale)
+        assert found.item() == pytest.approx(2 * scale, rel=1e-6)
     half, single = draws(9, 2).half(), draws(9, 2).half().float()
     torch.testing.assert_close(median_heuristic(half), median_heuristic(single), rtol=0, atol=0)
     torch.testing.assert_close(median_heuristic(half, half), median_heuristic(single, single.clone()), rtol=0, atol=0)
