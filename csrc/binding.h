@@ -98,8 +98,7 @@ inline Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, bool is_wid
     return Tensor(handle);
   }
   if (aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, cpu, 0, &handle) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("out of memory: the system has no " + std::to_string(bytes) + " bytes for a result; smaller batches "
-                             "need less");
+    out_of_memory(bytes, "a result");
   return Tensor(handle);
 }
 
@@ -110,6 +109,14 @@ inline bool passes_cache(const Tensor& out, int64_t row) {
   return bytes > cache && (reinterpret_cast<int64_t>(out.const_data_ptr()) | row * int64_t(out.element_size())) % line == 0;
 }
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor contiguous_copy(const Tensor& t) {
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    out_of_memory(t.numel() * t.element_size(), "a contiguous copy of an argument");
+  }
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : contiguous_copy(t); }
 
 }  // namespace latent_engine

@@ -21,7 +21,7 @@ bool are_keys(const Tensor& noise) { return noise.scalar_type() == ScalarType::L
 Tensor with_dense_rows(const Tensor& t) {
   if (t.dim() == 0) return t;
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : contiguous_copy(t);
 }
 
 // [N, D] or [S, N, D]; nothing of keys.

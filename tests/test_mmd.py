@@ -182,6 +182,24 @@ def test_identical_and_far_points(implementation, kernel):
         check([torch.zeros_like(x), torch.zeros_like(y)], backend, kernel)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [1e-12, 3e-14, 1e-16])
+def test_tiny_points_and_widths(kernel, scale):
+    inputs = [scale * t for t in samples(33, 20, 3)]
+    unit = {} if kernel == "energy" else {"unit": 6 * scale**2}
+    actual = run(inputs, kernel=kernel, **unit)
+    exact = run([t.double() for t in inputs], kernel=kernel, **unit, backend="reference")
+    for a, e in zip(actual, exact, strict=True):
+        assert (a - e).norm() <= 1e-6 * e.norm()
+
+
+def test_widths_beyond_the_range_of_floats():
+    inputs = samples(9, 7, 3)
+    for options in ({"scales": [1e-300]}, {"unit": 1e-60}, {"scales": [1e-30, 1.0], "kernel": "imq"}):
+        value, *gradients = run(inputs, **{"kernel": "gaussian", **options})
+        assert value.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
 def test_a_common_offset_costs_no_digits(implementation):
     """The direct form: the differences of samples around 1000 are those around 0."""
     backend, device = implementation

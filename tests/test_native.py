@@ -161,3 +161,19 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("out of memory: the system has no 67108864 bytes for a result; smaller batches need less")
+
+
+def test_copies_and_intermediates_that_do_not_fit_are_the_same_error():
+    code = """
+import resource, torch
+from latent_engine.kernels import importance_bound, mmd2_to_normal
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+for call in (importance_bound, mmd2_to_normal):
+    try:
+        call(torch.ones(1).expand(2**36, 5))
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for line, what in zip(done.stdout.splitlines(), ("a contiguous copy of an argument", "intermediates"), strict=True):
+        assert re.fullmatch(rf"out of memory: the system has no \d+ bytes for {what}; smaller batches need less", line)

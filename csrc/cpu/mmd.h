@@ -16,6 +16,7 @@ struct MmdProfile {
   int64_t scales;
   T unit;            // imq: what u is divided by in the polynomials; rational_quadratic: C
   T limit;           // imq: largest u for which the polynomials stay finite
+  T slope_unit;      // gradients are summed so many times as large
   const T* widths;   // [scales]: imq: C; rational_quadratic: α
   const T* rates;    // [scales]: factor of u, or of √u for laplacian
   const T *numerator, *denominator, *slope;  // imq: [scales], [scales + 1], [2 scales − 1]

@@ -3,11 +3,6 @@
 
 constexpr int kMmdColumns = 4;  // points broadcast in a register tile of distances
 
-// Gradients are summed so many times as large: products with slopes of far pairs would leave the normal numbers, 150 cycles a
-// vector on Intel processors. Flushed to zero, they would be missing from gradients that are small themselves.
-template <class T>
-constexpr T kSlopeUnit = T(int64_t{1} << 40);
-
 // The points of block b: their sample, the first of them, how many.
 template <class T>
 struct MmdBlock {
@@ -223,7 +218,7 @@ static double mmd_tile(const MmdProblem<T>& p, int64_t b, int64_t c, T* tile, T*
   const T *const left = p.blocks + b * size, *const right = p.blocks + c * size;
   const bool same_set = &rows == &others;
   // ∂u/∂x = 2δ, and a pair of one set counts in both orders.
-  const T factor = (same_set ? -4 : -2) * weight * kSlopeUnit<T>;
+  const T factor = (same_set ? -4 : -2) * weight * p.profile.slope_unit;
   const bool with_slopes = rows.grad || others.grad;
   const auto fill = b == c ? (with_slopes ? mmd_fill<MmdResult::slope, true, T> : mmd_fill<MmdResult::sum, true, T>)
                            : (with_slopes ? mmd_fill<MmdResult::slope, false, T> : mmd_fill<MmdResult::sum, false, T>);
@@ -260,7 +255,7 @@ static void mmd_store_grads(const MmdProblem<T>& p, int64_t first, int64_t last)
       const T* const more = grad + copy * p.size();
       for (int64_t i = 0; i < size; ++i) grad[i] += more[i];
     }
-    for (int64_t i = 0; i < size; ++i) grad[i] /= kSlopeUnit<T>;
+    for (int64_t i = 0; i < size; ++i) grad[i] /= p.profile.slope_unit;
     if (points.grad) transpose(grad, kMmdBlock, 1, points.grad + begin * p.D, p.D, p.D, n);
   }
 }

@@ -6,6 +6,9 @@
 
 namespace latent_engine {
 
+// Throws the one error of memory that the system does not have for `what`.
+[[noreturn]] void out_of_memory(std::size_t bytes, const char* what);
+
 // Who uses it: a task, or the launch around the tasks, one of which may run on the same thread.
 enum class Scratch { task, launch };
 
