@@ -14,7 +14,9 @@ namespace {
 constexpr int64_t kBlock = 8192;                        // log-weights of a block: its lines stay in the cache
 constexpr int64_t kLeastBlock = 4;                      // rows of a block
 constexpr int64_t kLeastRows = 12, kMostRows = 256;     // of a chunk of the backward pass
+constexpr int64_t kLeastPoints = 16;                    // data points of a task where samples are too few
 constexpr int64_t kRead = 4, kWrite = 8;                // of a number of z past the L2 cache, in multiplications
+constexpr int64_t kExpWork = 16;
 constexpr int64_t kVectors = 64;                        // bytes of a group of lanes
 
 template <class T>
@@ -58,7 +60,7 @@ ImportanceModel<T> pack(T* memory, const Tensor& mu, const Tensor& log_var, bool
                                  normal_prior,
                                  memory,
                                  memory + 2 * N * padded<T>(D)};
-  kernels<T>().importance.pack(model);
+  in_parts(N, kExpWork * D, [&](int64_t first, int64_t last) { kernels<T>().importance.pack(model, first, last); });
   return model;
 }
 
@@ -103,8 +105,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::optional<Tensor>& z_, cons
   }
   const T* const x = z ? log_w.const_data_ptr<T>() : log_px.const_data_ptr<T>();
   const auto moments_of = [&](int64_t block) { return p.moments + block * kImportanceMoments * stride; };
-  blocks.each(work, [&](int64_t block, int64_t first, int64_t rows) {
-    if (z) k.log_weights(model, samples, first, first + rows);
+  const int64_t parts = std::min(task_count(S * work), ceil_div(N, kLeastPoints));
+  const bool by_points = z && parts > blocks.groups * blocks.count;
+  if (by_points)
+    for_each_task(parts, [&](int64_t part) {
+      k.log_weights(model, samples, {0, S}, {part * N / parts, (part + 1) * N / parts});
+    });
+  blocks.each(by_points ? N * 24 : work, [&](int64_t block, int64_t first, int64_t rows) {
+    if (z && !by_points) k.log_weights(model, samples, {first, first + rows}, {0, N});
     if (groups) k.moments(x + first * N, rows, N, p.order, moments_of(block), stride);
   });
   if (!groups) return {bound, log_w, weights};
@@ -135,6 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
   const int64_t parts = std::clamp<int64_t>(S / kLeastRows, 1, task_count(S * work));
   const int64_t rows = std::clamp<int64_t>(ceil_div(S, parts), 1, kMostRows);
   const int64_t chunks = ceil_div(S, rows), n = need_posterior ? N : 0, packed = packed_size<T>(mu);
+  const int64_t most = std::min(task_count(S * work) / std::max<int64_t>(chunks, 1), ceil_div(N, kLeastPoints));
+  const int64_t spans = std::max<int64_t>(most, 1);  // of data points, each of which is a task of a chunk
   const int64_t sums = n * (2 * padded<T>(D) + 1) * std::max<int64_t>(chunks, 1);
   Arena<T> arena(Scratch::launch, packed, sums);
   T* const memory = arena.take(packed);
@@ -153,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
                                 need_posterior ? arena.take(sums) : nullptr,
                                 dmu.mutable_data_ptr<T>(),
                                 dlog_var.mutable_data_ptr<T>()};
-  in_parts(chunks, rows * work, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk) k.backward(p, chunk);
+  in_parts(chunks * spans, rows * work / spans, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) k.backward(p, i / spans, {i % spans * N / spans, (i % spans + 1) * N / spans});
   });
   if (need_posterior)
     in_parts(N, chunks * 2 * D, [&](int64_t first, int64_t last) { k.merge_backward(p, first, last); });

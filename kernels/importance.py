@@ -25,7 +25,8 @@ Estimators of the same gradient, or of one with a better ratio of signal to nois
                                                                                         Daudel et al. 2023 (any α)
     piwae   θ: IWAE of all S       φ: MIWAE of the groups                              Rainforth et al. 2018
 
-Kernels read z once forward and once backward, and keep [S, N] only: log w, or ∂L/∂log w where a gradient will be needed.
+Kernels read z once forward and once backward, and keep [S, N] only from one to the other: log w, or ∂L/∂log w where a
+gradient will be needed.
 """
 
 import math
@@ -59,7 +60,8 @@ def importance_log_weights(z: Tensor, mu: Tensor, log_var: Tensor, log_px: Tenso
         autocast.
 
     Differentiable, twice, in every argument; frozen ones cost nothing. One pass over z forward and one backward; extra memory
-    O(S·N), and the gradients. The same inputs give the same bits, at any number of threads.
+    O(S·N + N·D), and backward the gradients and at most min(S / 12, 32) times 2 N·D of sums. The same inputs give the same
+    bits, at any number of threads.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit together.

@@ -249,12 +249,13 @@ def test_only_needed_gradients(implementation):
         torch.testing.assert_close(leaves[i].grad, full[i])
 
 
-def test_same_bits_every_time_at_any_number_of_threads(implementation):
+@pytest.mark.parametrize("size", [(600, 50, 33), (3, 2503, 33), (13, 1201, 33)], ids=lambda s: "S{}-N{}-D{}".format(*s))
+def test_same_bits_every_time_at_any_number_of_threads(implementation, size):
     backend, device = implementation
     if interpreted(implementation):
         pytest.skip("the interpreter is too slow for sizes that need several blocks")
-    inputs = samples(600, 50, 33, device=device)
-    grad = torch.randn(50, generator=torch.Generator().manual_seed(1)).to(device)
+    inputs = samples(*size, device=device)
+    grad = torch.randn(size[1], generator=torch.Generator().manual_seed(1)).to(device)
     first = same_at_any_threads(lambda: run(inputs, grad, backend=backend))
     expected = run([t.double() for t in inputs], grad.double(), backend="reference")
     for name, a, e in zip(("value", *NAMES), first, expected, strict=True):

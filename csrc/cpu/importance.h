@@ -5,6 +5,11 @@
 
 namespace latent_engine {
 
+// [first, last) of samples or data points.
+struct Range {
+  int64_t first, last;
+};
+
 // q(z|x) and the prior, packed for the kernels.
 template <class T>
 struct ImportanceModel {
@@ -61,8 +66,8 @@ struct ImportanceGradient {
 
 template <class T>
 struct ImportanceKernels {
-  void (*pack)(const ImportanceModel<T>&);
-  void (*log_weights)(const ImportanceModel<T>&, const ImportanceSamples<T>&, int64_t first, int64_t last);  // rows
+  void (*pack)(const ImportanceModel<T>&, int64_t first, int64_t last);  // data points
+  void (*log_weights)(const ImportanceModel<T>&, const ImportanceSamples<T>&, Range rows, Range points);
   void (*moments)(const T* log_w, int64_t rows, int64_t N, ImportanceOrder<T>, T* moments, int64_t stride);
   void (*wide_moments)(const T* log_w, int64_t rows, int64_t N, ImportanceOrder<double>, double* moments, int64_t stride);
   void (*merge)(T* moments, int64_t blocks, int64_t stride, T scale);  // into the first
@@ -73,7 +78,7 @@ struct ImportanceKernels {
   void (*correct)(const ImportanceBound<T>&);
   // rows of one group into ∂bound / ∂log w
   void (*weights)(const ImportanceBound<T>&, const T* moments, const T* log_w, int64_t rows, T* weights);
-  void (*backward)(const ImportanceGradient<T>&, int64_t chunk);
+  void (*backward)(const ImportanceGradient<T>&, int64_t chunk, Range points);
   void (*merge_backward)(const ImportanceGradient<T>&, int64_t first, int64_t last);  // data points
 };
 

@@ -66,10 +66,10 @@ static inline void importance_gather(const T* in, int64_t stride, int64_t n, T* 
 }
 
 template <class T>
-static void importance_pack(const ImportanceModel<T>& m) {
+static void importance_pack(const ImportanceModel<T>& m, int64_t first, int64_t last) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
   const T log_2pi = T(1.8378770664093453);
-  for (int64_t n = 0; n < m.N; ++n) {
+  for (int64_t n = first; n < last; ++n) {
     T *const mean = m.packed + n * 2 * m.padded, *const inverse = mean + m.padded;
     importance_gather(m.mu + n * m.mu_strides[0], m.mu_strides[1], m.D, mean);
     importance_gather(m.log_var + n * m.log_var_strides[0], m.log_var_strides[1], m.D, inverse);
@@ -111,12 +111,12 @@ static inline void importance_distances(const T* z, int64_t stride, const T* mea
 }
 
 template <class T, int rows, bool normal_prior>
-static void importance_rows(const ImportanceModel<T>& m, const ImportanceSamples<T>& p, int64_t s,
+static void importance_rows(const ImportanceModel<T>& m, const ImportanceSamples<T>& p, int64_t s, Range points,
                             const ImportanceTail<T>& tail) {
   const int64_t N = m.N, D = m.D, end = p.S * N * D, ahead = importance_ahead<T>(p.S, N * D);
-  const T *z = p.z + s * N * D, *mean = m.packed;
-  T* log_w = p.log_w + s * N;
-  for (int64_t n = 0; n < N; ++n, z += D, mean += 2 * m.padded, ++log_w) {
+  const T *z = p.z + (s * N + points.first) * D, *mean = m.packed + points.first * 2 * m.padded;
+  T* log_w = p.log_w + s * N + points.first;
+  for (int64_t n = points.first; n < points.last; ++n, z += D, mean += 2 * m.padded, ++log_w) {
     importance_prefetch<T, rows, false>(z, N * D, D, ahead);
     T out[rows + kLanes<T>];  // room for whole vectors
     importance_distances<T, rows, normal_prior>(z, N * D, mean, mean + m.padded, D, tail,
@@ -125,20 +125,20 @@ static void importance_rows(const ImportanceModel<T>& m, const ImportanceSamples
   }
   for (int64_t row = s * N; row < (s + rows) * N; row += N) {
     T* const w = p.log_w + row;
-    for (int64_t n = 0; n < N; ++n) w[n] = p.log_px[row + n] + (m.constants[n] + T(0.5) * w[n]);
+    for (int64_t n = points.first; n < points.last; ++n) w[n] = p.log_px[row + n] + (m.constants[n] + T(0.5) * w[n]);
     if (!normal_prior)
-      for (int64_t n = 0; n < N; ++n) w[n] += p.log_pz[row + n];
+      for (int64_t n = points.first; n < points.last; ++n) w[n] += p.log_pz[row + n];
   }
 }
 
 template <class T>
-static void importance_log_weights(const ImportanceModel<T>& m, const ImportanceSamples<T>& p, int64_t first, int64_t last) {
+static void importance_log_weights(const ImportanceModel<T>& m, const ImportanceSamples<T>& p, Range rows, Range points) {
   const ImportanceTail<T> tail(m.D);
   const auto tile = m.normal_prior ? importance_rows<T, kImportanceRows, true> : importance_rows<T, kImportanceRows, false>;
   const auto row = m.normal_prior ? importance_rows<T, 1, true> : importance_rows<T, 1, false>;
-  int64_t s = first;
-  for (; s + kImportanceRows <= last; s += kImportanceRows) tile(m, p, s, tail);
-  for (; s < last; ++s) row(m, p, s, tail);
+  int64_t s = rows.first;
+  for (; s + kImportanceRows <= rows.last; s += kImportanceRows) tile(m, p, s, points, tail);
+  for (; s < rows.last; ++s) row(m, p, s, points, tail);
 }
 
 // What becomes of dz.
@@ -181,35 +181,37 @@ static inline void importance_gradient_tile(const ImportanceModel<T>& m, int64_t
 
 // The samples from s on, `rows` of them.
 template <class T, int rows, bool normal_prior, ImportanceDz use, bool need_posterior>
-static void importance_gradient_rows(const ImportanceGradient<T>& p, int64_t s, const ImportanceTail<T>& tail, T* sums) {
+static void importance_gradient_rows(const ImportanceGradient<T>& p, int64_t s, Range points, const ImportanceTail<T>& tail,
+                                     T* sums) {
   const int64_t N = p.model.N, D = p.model.D, padded = p.model.padded, ahead = importance_ahead<T>(p.S, N * D);
   const T* const weights = (p.grad ? p.dlog_w : p.weights) + s * N;
   if (need_posterior)
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t n = 0; n < N; ++n) sums[N * 2 * padded + n] += weights[row * N + n];
-  for (int64_t n = 0; n < N; ++n) {
+      for (int64_t n = points.first; n < points.last; ++n) sums[N * 2 * padded + n] += weights[row * N + n];
+  for (int64_t n = points.first; n < points.last; ++n) {
     T coefs[rows];
     for (int i = 0; i < rows; ++i) coefs[i] = weights[i * N + n];
     const int64_t at = (s * N + n) * D;
     importance_prefetch<T, rows, false>(p.z + at, N * D, D, ahead);
     if (use == ImportanceDz::stored) importance_prefetch<T, rows, true>(p.dz + at, N * D, D, kImportanceAhead * D);
     importance_gradient_tile<T, rows, normal_prior, use, need_posterior>(
-        p.model, n, p.z + at, N * D, coefs, tail, at + (rows - 1) * N * D + padded <= p.S * N * D, n * D + padded <= N * D,
+        p.model, n, p.z + at, N * D, coefs, tail, at + (rows - 1) * N * D + padded <= p.S * N * D,
+        n * D + padded <= points.last * D,  // else it would write to the data points of another task
         p.dz + at, sums + n * 2 * padded);
   }
 }
 
 template <class T, bool normal_prior, ImportanceDz use, bool need_posterior>
-static void importance_gradient_chunk(const ImportanceGradient<T>& p, int64_t first, int64_t last, T* sums) {
+static void importance_gradient_chunk(const ImportanceGradient<T>& p, Range rows, Range points, T* sums) {
   const ImportanceTail<T> tail(p.model.D);
-  int64_t s = first;
-  for (; s + kImportanceRows <= last; s += kImportanceRows)
-    importance_gradient_rows<T, kImportanceRows, normal_prior, use, need_posterior>(p, s, tail, sums);
-  for (; s < last; ++s) importance_gradient_rows<T, 1, normal_prior, use, need_posterior>(p, s, tail, sums);
+  int64_t s = rows.first;
+  for (; s + kImportanceRows <= rows.last; s += kImportanceRows)
+    importance_gradient_rows<T, kImportanceRows, normal_prior, use, need_posterior>(p, s, points, tail, sums);
+  for (; s < rows.last; ++s) importance_gradient_rows<T, 1, normal_prior, use, need_posterior>(p, s, points, tail, sums);
 }
 
 template <class T, bool normal_prior>
-static void importance_gradient(const ImportanceGradient<T>& p, int64_t first, int64_t last, T* sums) {
+static void importance_gradient(const ImportanceGradient<T>& p, Range rows, Range points, T* sums) {
   using Dz = ImportanceDz;
   if (!p.dz && !sums) return;
   const auto chunk = !p.dz          ? importance_gradient_chunk<T, normal_prior, Dz::none, true>
@@ -217,7 +219,7 @@ static void importance_gradient(const ImportanceGradient<T>& p, int64_t first, i
                                             : importance_gradient_chunk<T, normal_prior, Dz::past_cache, false>)
                      : sums         ? importance_gradient_chunk<T, normal_prior, Dz::stored, true>
                                     : importance_gradient_chunk<T, normal_prior, Dz::stored, false>;
-  chunk(p, first, last, sums);
+  chunk(p, rows, points, sums);
 }
 
 // Values of a chunk's sums.
@@ -227,14 +229,19 @@ static inline int64_t importance_sums(const ImportanceModel<T>& m) {
 }
 
 template <class T>
-static void importance_backward(const ImportanceGradient<T>& p, int64_t chunk) {
-  const int64_t N = p.model.N, first = chunk * p.rows, last = std::min(p.S, first + p.rows);
+static void importance_backward(const ImportanceGradient<T>& p, int64_t chunk, Range points) {
+  const int64_t N = p.model.N, size = 2 * p.model.padded;
+  const Range rows{chunk * p.rows, std::min(p.S, (chunk + 1) * p.rows)};
   T* const sums = p.sums ? p.sums + chunk * importance_sums(p.model) : nullptr;
-  if (sums) std::fill_n(sums, importance_sums(p.model), T(0));
+  if (sums) {
+    std::fill(sums + points.first * size, sums + points.last * size, T(0));
+    std::fill(sums + N * size + points.first, sums + N * size + points.last, T(0));
+  }
   if (p.grad)
-    for (int64_t s = first; s < last; ++s)
-      for (int64_t n = 0; n < N; ++n) p.dlog_w[s * N + n] = p.weights[s * N + n] * p.grad[n * p.grad_stride];
-  (p.model.normal_prior ? importance_gradient<T, true> : importance_gradient<T, false>)(p, first, last, sums);
+    for (int64_t s = rows.first; s < rows.last; ++s)
+      for (int64_t n = points.first; n < points.last; ++n)
+        p.dlog_w[s * N + n] = p.weights[s * N + n] * p.grad[n * p.grad_stride];
+  (p.model.normal_prior ? importance_gradient<T, true> : importance_gradient<T, false>)(p, rows, points, sums);
   if (p.past_cache) fence_stores();
 }
 
