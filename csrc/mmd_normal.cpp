@@ -89,9 +89,10 @@ GaussianSum<T> unsmoothed(const std::vector<double>& rates, const std::vector<do
   return {count, nullptr, w, widths, powers, rests};
 }
 
-// Rows of a panel: enough panels for the work, an even number that keeps each panel in one task of a round.
+// Rows of a panel: enough panels that the N² / 2 pairs are shared by panels² / 2 tasks, an even number, which keeps each in one
+// task of a round.
 int64_t panel_rows(int64_t N, int64_t work) {
-  const double wanted = std::sqrt(2.0 * N * N / 2 * work / kTaskWork);
+  const double wanted = N * std::sqrt(static_cast<double>(work) / kTaskWork);
   const int64_t panels = std::clamp<int64_t>(std::min<int64_t>(static_cast<int64_t>(wanted), N / kPanelRows), 1, kMaxPanels);
   return round_up(ceil_div(N, std::max<int64_t>(panels / 2 * 2, 1)), kPanelRows);
 }

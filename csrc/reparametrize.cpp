@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_z_, const 
                                    shared,
                                    need_mean ? dmean.mutable_data_ptr<T>() : nullptr,
                                    need_log_var ? dlog_var.mutable_data_ptr<T>() : nullptr,
-                                   passes_cache(need_mean ? dmean : dlog_var, D)};
+                                   (!need_mean || passes_cache(dmean, D)) && (!need_log_var || passes_cache(dlog_var, D))};
   call.run([&](int64_t first, int64_t last) { kernels<T>().reparametrize.backward(p, first, last); });
   return {dmean, dlog_var};
 }

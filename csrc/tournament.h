@@ -10,8 +10,9 @@ namespace latent_engine {
 
 // Σ game(a, b, first, last) over all pairs a < b of `groups` groups, in one order whatever the threads. They meet in rounds, in
 // each of which a group is in one game (the circle method; with an odd number of groups one rests, and b is `groups`): `first`
-// and `last` say whether the round is. Rounds follow one another if `in_turn`, so that games may add to what belongs to their
-// groups; else all games may run at once, and those of the first round are shared among the threads.
+// and `last` say whether it is the first and the last round, where a game may begin and finish what belongs to its groups.
+// Rounds follow one another if `in_turn`, so that games may add to that; else all games may run at once. Task k · rounds + r is
+// game k of round r: the games of the first round, which do more, are spread over the shares of the threads.
 template <class F>
 double sum_of_games(int64_t groups, bool in_turn, const F& game) {
   const int64_t even = groups + groups % 2, circle = even - 1, rounds = std::max<int64_t>(circle, 0), games = even / 2;

@@ -13,7 +13,7 @@ Posterior-Divergence Regularization for Variational Autoencoders", ICLR 2019, Eq
 Over all pairs the log-variances cancel, so a mean per dimension comes from five sums over the rows, O(N·D). The deviation
 is that of a bilinear form of rank 2 D + 2: from Gram matrices of centred features, in float64, O(N·D²), or from the pair
 matrix, O(N²·D), where N < 4 D + 8 and that matrix is not larger than a few times the inputs. Eq. 8 visits every pair and
-dimension: one exp each, and one logarithm of a product Π (1 + exp(−KL_d)) for a hundred of them. Kernels that know that
+dimension: one exp each, and one logarithm of a product Π (1 + exp(−KL_d)) for up to 120 of them. Kernels that know that
 gradients are needed make those of the scalars in the same pass; backward multiplies them by the incoming gradient.
 """
 
@@ -198,7 +198,7 @@ def _gradients(ctx, bwd, grad_mean, grad_std, *_):
     grad_std = grad_std if ctx.need_std else None
     if grad_mean is None and grad_std is None:
         return (None,) * 4
-    if torch.is_grad_enabled() or (grad_std is not None and unit.shape[0] == 0):  # double backward
+    if torch.is_grad_enabled() or (grad_std is not None and unit.shape[0] == 0):  # double backward, or of torch.func
         formula = partial(reference.pairwise_kl, std=ctx.need_std)
         return (*reference_gradients(formula, (mu, log_var), needs, (grad_mean, grad_std)), None, None)
     grads = (grad_std * unit).unbind() if grad_mean is None else bwd(grad_mean, grad_std, mu, log_var, moments, unit)
@@ -215,7 +215,7 @@ def _diversity_gradients(ctx, _, grad, *__):
     needs = ctx.needs_input_grad[:2]
     if grad is None:
         return (None,) * 3
-    if torch.is_grad_enabled() or unit.shape[0] == 0:  # double backward
+    if torch.is_grad_enabled() or unit.shape[0] == 0:  # double backward, or of torch.func
         return (*reference_gradients(reference.pairwise_kl_diversity, (mu, log_var), needs, (grad,)), None)
     return (*(g if need else None for g, need in zip((grad * unit).unbind(), needs, strict=True)), None)
 

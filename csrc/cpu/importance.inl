@@ -1,5 +1,6 @@
 // See importance.h. z is read once, in tiles of kImportanceRows samples of one data point, whose posterior is loaded once a
-// tile: three FMA-pipe operations an element forward and four backward, which is less than the time of reading z from memory.
+// tile. An element takes three multiplications and FMAs and a subtraction forward, up to four and three backward: less time than
+// to read it from memory.
 
 constexpr int kImportanceRows = 4;
 

@@ -35,7 +35,7 @@ struct WideNodes {
   const T *weights, *log_t, *inverse, *inverse_square;  // the polynomials are [count][kTerms], in ascending powers
 };
 
-// Rows in panels. `panel` is a multiple of kGroupRows; the arrays [D][stride] hold all panels in full.
+// Rows in panels, of a multiple of 64 bytes of them; the arrays [D][stride] have room for N rows padded to that.
 template <class T>
 struct NormalMmd {
   int64_t N, D, panel, stride;

@@ -1,5 +1,5 @@
-// Pairs of points: distances, then all scales of the kernel, then the gradients. Per pair and dimension one FMA, and two more
-// for the gradients of both points.
+// Pairs of points: distances, then all scales of the kernel, then the gradients. Per pair and dimension a
+// subtraction and an FMA, and for the gradients of both points a subtraction and two FMAs.
 
 // A tile whose distances are held in memory at once. Its rows share the loads and stores of the columns' gradients, which come
 // from the L2 cache; 16 registers have no room for eight.

@@ -7,7 +7,7 @@
 
 // Second posteriors whose operations alternate, with their sums in registers.
 constexpr int pair_step(bool gradients) { return LATENT_VECTOR_BYTES == 64 && !gradients ? 4 : 2; }
-constexpr int64_t kPairRows = 1024;    // values of first posteriors a block: with their sums they take 24 KB
+constexpr int64_t kPairRows = 960;     // values of first posteriors a block, most: with their sums they take 23 KB
 constexpr int64_t kPairColumns = 256;  // second posteriors whose sums are added up before they join the total
 constexpr int kPairSums = 3;           // for each posterior, in each of its roles
 
@@ -177,8 +177,9 @@ static void pair_task(const Layout& c, int64_t stride, int64_t first, int64_t la
   const int64_t sums = Weights::gradients ? kPairSums * stride : 0;
   T *const first_role = memory, *const second_role = first_role + sums, *const rows = second_role + sums;
   std::fill_n(first_role, 2 * sums, T(0));
-  for (int64_t i0 = 0; i0 < stride; i0 += kPairRows) {
-    const int64_t i1 = std::min(stride, i0 + kPairRows);
+  const int64_t blocks = (stride + kPairRows - 1) / kPairRows, block = round_up((stride + blocks - 1) / blocks, kGroup<T>);
+  for (int64_t i0 = 0; i0 < stride; i0 += block) {
+    const int64_t i1 = std::min(stride, i0 + block);
     for (int64_t j0 = first; j0 < last; j0 += kPairColumns) {
       for (int s = 0; s < (Weights::gradients ? kPairSums : 0); ++s) std::fill_n(rows + s * kPairRows, i1 - i0, T(0));
       pair_block(c, weights, i0, i1, j0, std::min(last, j0 + kPairColumns), rows, second_role, stride);
