@@ -31,7 +31,7 @@ struct Rows {
 inline torch::stable::Tensor with_dense_features(const torch::stable::Tensor& t, int64_t event_dims) {
   int64_t next = 1;
   for (int64_t i = t.dim() - 1; i >= std::max<int64_t>(t.dim() - event_dims, 0); --i) {
-    if (t.size(i) != 1 && t.stride(i) != next) return contiguous_copy(t);
+    if (t.size(i) != 1 && t.stride(i) != next) return torch::stable::contiguous(t);
     next *= t.size(i);
   }
   return t;
