@@ -182,6 +182,7 @@ def test_identical_and_far_points(implementation, kernel):
         check([torch.zeros_like(x), torch.zeros_like(y)], backend, kernel)
 
 
+@pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("scale", [1e-12, 3e-14, 1e-16])
 def test_tiny_points_and_widths(kernel, scale):
@@ -193,6 +194,7 @@ def test_tiny_points_and_widths(kernel, scale):
         assert (a - e).norm() <= 1e-6 * e.norm()
 
 
+@pytest.mark.skipif(not native.cpp, reason="the native library is not built")
 def test_widths_beyond_the_range_of_floats():
     inputs = samples(9, 7, 3)
     for options in ({"scales": [1e-300]}, {"unit": 1e-60}, {"scales": [1e-30, 1.0], "kernel": "imq"}):
