@@ -53,20 +53,20 @@ def points_work(case: str, backward: bool) -> Work:
 
 def posteriors_work(case: str, backward: bool) -> Work:
     """Over the pairs i < j, as the C++ kernels do it. A dimension and node of those that are narrow beside the variances:
-    numerator and denominator of Σ δ²/t, three operations; for the gradients a product and an FMA with 1/t, and 9/4 for that
-    with a fourth of a division. One addition makes t, for the gradients again, where one more adds up the products. A
-    dimension, for all other nodes: 15 moments and their powers; for the gradients two polynomials of degree 7 and what turns
-    the sums into them. A node of these: two sums over the moments, for the gradients one of each polynomial's coefficients.
-    An exp a node, six operations and four additions as in Eq. 8 of MAE; for a narrow one as many for a logarithm, and six for
-    a division."""
+    numerator and denominator of Σ δ²/t, three operations, and an addition for t. A dimension, for all other nodes: 15 moments
+    and their powers. A node of these: two sums over the moments. An exp a node, six operations and four additions as in Eq. 8
+    of MAE; for a narrow one as many for a logarithm, and six for a division. Gradients take, a dimension, two polynomials of
+    degree 7 in 15 operations; for the narrow nodes a fraction, whose degrees grow with their number: four operations for each
+    of them and eight with the division; and seven operations for the sums, with three additions in all. A node adds its
+    expectation to each of those polynomials' coefficients."""
     N, D = POSTERIORS[case]
     pairs, count = N * (N - 1) / 2, len(nodes(True)[0])
     wide = count - NARROW_NODES
     fmas = D * (15 + 3 * NARROW_NODES) + 15 * wide + 6 * count + 12 * NARROW_NODES
     additions = D * (10 + NARROW_NODES) + 4 * count + 4 * NARROW_NODES
     if backward:
-        fmas += D * (15 + 4.25 * NARROW_NODES) + 16 * wide
-        additions += D * (2 + 2 * NARROW_NODES)
+        fmas += D * (30 + 4 * NARROW_NODES) + 16 * wide + NARROW_NODES * (3 * NARROW_NODES - 1)
+        additions += 3 * D
     return Work(8 * N * D * (2 if backward else 1), pairs * fmas, pairs * count, pairs * additions)
 
 

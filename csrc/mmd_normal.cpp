@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "mmd_normal_groups.h"
 #include "mmd_normal_wide.h"
 #include "tournament.h"
 
@@ -143,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
     if (biased) constant += (widths.empty() ? rates.size() : widths.size()) / double(N);
   }
 
+  std::vector<NodeGroup<T>> slopes;
   const int64_t panels = ceil_div(N, p.panel);
   for_each_task_flushed(panels, [&](int64_t panel) { kernels<T>().mmd_normal.pack(p, panel); });
   if (log_var) {
@@ -150,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
     p.span = largest + std::max(largest, p.prior_variance);
     const double mean = std::accumulate(p.mean, p.mean + panels, 0.0) / double(panels);
     p.wide = wide_nodes(p.cross, p.span, 2 * mean, D, arena.take(polynomials));
+    if (gradient) slopes = node_groups(p.cross, p.span), p.groups = slopes.data(), p.group_count = slopes.size();
   }
   const double total = constant + sum_of_games(panels, gradient, [&](int64_t a, int64_t b, bool first, bool last) {
     const FlushToZero flush;

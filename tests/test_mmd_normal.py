@@ -217,6 +217,20 @@ def test_infinitely_far_posteriors_do_not_count(implementation):
     assert far == mmd2_to_normal(x, log_var, backend=backend, tolerance=FEW_NODES)
 
 
+def test_gradients_of_far_posteriors_keep_their_digits(implementation):
+    """All pairs are so far apart that the gradients are near 1e-26."""
+    backend, device = implementation
+    N = rows(implementation, 20)
+    x, log_var = sample("posteriors", N, 4, torch.float64)
+    x, log_var = 30 + 5 * torch.arange(N, dtype=torch.float64)[:, None] + 0.1 * x, log_var - 5
+    options = {"kernel": "gaussian", "scales": (0.02, 0.05, 0.07, 0.1, 0.15, 0.2)}
+    exact = run([x, log_var], backend="reference", **options)[1:]
+    actual = run([t.to(device, torch.float32) for t in (x, log_var)], backend=backend, **options)[1:]
+    for a, e in zip(actual, exact, strict=True):
+        assert 1e-30 < e.abs().max() < 1e-24
+        assert (a.cpu() - e).norm() < 3e-5 * e.norm()
+
+
 def test_extremes_stay_finite(implementation):
     """Log-variances of ±30, points far away, identical points, a mean offset of 1e3."""
     backend, device = implementation

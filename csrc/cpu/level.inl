@@ -1,6 +1,7 @@
 // Everything that is compiled once per instruction-set level; included inside the level's namespace.
 #include "simd.inl"
 #include "special.inl"
+#include "pack.inl"
 #include "probe.inl"
 #include "gmm.inl"
 #include "gmm_full.inl"

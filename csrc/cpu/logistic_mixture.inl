@@ -36,43 +36,6 @@ constexpr T kLogisticHalfBin = T(1) / T(255);
 template <class T>
 constexpr T kLogisticMinLogScale = T(-7);
 
-#define LATENT_INLINE __attribute__((always_inline)) inline
-
-// n vectors that go through the same operations side by side. A core looks some 60 vector operations ahead, too few to find
-// the next chain of dependent ones behind a long one: channel by channel the kernels take 12 to 20 % longer.
-template <class T, int n>
-struct Pack {
-  Vec<T> v[n];
-
-  Pack() = default;
-  LATENT_INLINE Pack(T x) {
-    for (int j = 0; j < n; ++j) v[j] = broadcast(x);
-  }
-  // f(v of a, v of b, ...) for each vector.
-  template <class F, class... Packs>
-  static LATENT_INLINE Pack each(F f, const Packs&... packs) {
-    Pack result;
-#pragma GCC unroll 6
-    for (int j = 0; j < n; ++j) result.v[j] = f(packs.v[j]...);
-    return result;
-  }
-  LATENT_INLINE friend Pack operator+(const Pack& a, const Pack& b) {
-    return each([](Vec<T> x, Vec<T> y) { return x + y; }, a, b);
-  }
-  LATENT_INLINE friend Pack operator-(const Pack& a, const Pack& b) {
-    return each([](Vec<T> x, Vec<T> y) { return x - y; }, a, b);
-  }
-  LATENT_INLINE friend Pack operator*(const Pack& a, const Pack& b) {
-    return each([](Vec<T> x, Vec<T> y) { return x * y; }, a, b);
-  }
-  LATENT_INLINE friend Pack operator/(const Pack& a, const Pack& b) {
-    return each([](Vec<T> x, Vec<T> y) { return x / y; }, a, b);
-  }
-  LATENT_INLINE Pack operator-() const {
-    return each([](Vec<T> x) { return -x; }, *this);
-  }
-};
-
 template <class T>
 static inline Vec<T> sign_bit(Vec<T> x) {
   using IntVec = typename Simd<T>::IntVec;

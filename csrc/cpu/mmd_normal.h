@@ -35,6 +35,19 @@ struct WideNodes {
   const T *weights, *log_t, *inverse, *inverse_square;  // the polynomials are [count][kTerms], in ascending powers
 };
 
+// A few of the other nodes. Σ_q e_q / t_q = N/Q and Σ_q e_q / t_q² = R/Q² with Q = Π t_q, N = Σ_q e_q Π_{j≠q} t_j and
+// R = Σ_q e_q Π_{j≠q} t_j², polynomials in scale·s without negative coefficients: nothing cancels, and one division serves all.
+template <class T>
+struct NodeGroup {
+  static constexpr int kMost = 6, kBlock = 8, kTerms = 24;  // terms in whole blocks: 3 count − 1, then zeros
+  int64_t count;
+  T scale;
+  T denominator[kMost];         // ascending powers below the highest, whose coefficient is 1
+  T numerators[kMost][kTerms];  // what e_q adds to N, then what it adds to R
+
+  int64_t blocks() const { return (3 * count - 1 + kBlock - 1) / kBlock; }
+};
+
 // Rows in panels, of a multiple of 64 bytes of them; the arrays [D][stride] have room for N rows padded to that.
 template <class T>
 struct NormalMmd {
@@ -48,6 +61,8 @@ struct NormalMmd {
   T span;             // no sum of two variances is larger
   WideNodes<T> wide;
   GaussianSum<T> cross;  // the other nodes of posteriors; all of points
+  const NodeGroup<T>* groups;  // of these
+  int64_t group_count;
   GaussianSum<T> pairs;        // Gaussian kernels between points; count 0: `imq`
   const ImqGroup<T>* imq;
   int64_t imq_count;

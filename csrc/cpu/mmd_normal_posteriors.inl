@@ -1,8 +1,10 @@
 // Pairs of Gaussian posteriors, and the prior as one more posterior. For one row against a vector of columns and a node of
 // width b: Σ_d δ²/t and Π t, t = s + b, as one fraction, num/den ← (num t + δ² den) / (den t): no division. Before den can
-// leave the range of floats its exponent is taken out. Nodes that are wide beside the variances: mmd_normal_wide.inl.
+// leave the range of floats its exponent is taken out. Nodes that are wide beside the variances: mmd_normal_wide.inl; gradients:
+// mmd_normal_slopes.inl.
 
 constexpr int64_t kPosteriorColumns = 128;
+constexpr int kColumnPack = LATENT_VECTOR_BYTES == 64 ? 4 : 64 / LATENT_VECTOR_BYTES;  // vectors of columns side by side
 constexpr int kNodeBlock = LATENT_VECTOR_BYTES == 64 ? 8 : 4;  // numerators and denominators fill half the registers
 constexpr int64_t kNodesOfChunk = 8;  // of every level: exponents are taken out at the same places
 // Variances above are as good as infinite: the expectation is below 1e-12 (1e-140).
@@ -37,6 +39,7 @@ struct MmdRow {
 };
 
 #include "mmd_normal_wide.inl"
+#include "mmd_normal_slopes.inl"
 
 // Factors t in [low, high] of which a product and its numerator stay in range, from a first factor below 2: their logarithms
 // in base 2 sum to at most 110 (1000). A numerator that overflows all the same has Σ δ²/t > 2^16: the expectation is 0.
@@ -48,10 +51,10 @@ static int64_t mmd_chunk(T low, T high) {
   return std::max(1, most / std::max({1, 1 - low_bits, high_bits}));
 }
 
-// out[node][kPosteriorColumns] = w E exp(−a |δ|²) of one row and kLanes columns, for `nodes` nodes from `node`.
+// out[node][kPosteriorColumns] = log E exp(−a |δ|²) of one row and kLanes columns, for `nodes` nodes from `node`.
 template <class T, int nodes>
-static void mmd_expectations(const GaussianSum<T>& sum, int64_t node, int64_t chunk, MmdRow<T> row, const T* x, const T* v,
-                             int64_t stride, int64_t D, T* out) {
+static void mmd_exponents(const GaussianSum<T>& sum, int64_t node, int64_t chunk, MmdRow<T> row, const T* x, const T* v,
+                          int64_t stride, int64_t D, T* out) {
   using IntVec = typename Simd<T>::IntVec;
   Vec<T> num[nodes] = {}, den[nodes], width[nodes];
   IntVec bits[nodes] = {};
@@ -75,91 +78,53 @@ static void mmd_expectations(const GaussianSum<T>& sum, int64_t node, int64_t ch
       num[k] *= inverse, den[k] *= inverse, bits[k] += exponent;
     }
   }
+#pragma GCC unroll 8
   for (int k = 0; k < nodes; ++k) {
     const Vec<T> magic = broadcast<T>(Simd<T>::round);
     const Vec<T> exponent = (Vec<T>)((IntVec)magic + bits[k]) - magic;
     const Vec<T> log_det = (exponent - sum.powers[node + k]) * T(0.6931471805599453) + (log<T>(den[k]) - sum.rests[node + k]);
-    store(out + (node + k) * kPosteriorColumns, sum.weights[node + k] * exp<T>(T(-0.5) * (num[k] / den[k] + log_det)));
+    store(out + (node + k) * kPosteriorColumns, T(-0.5) * (num[k] / den[k] + log_det));
   }
 }
 
 // The same for `count` nodes from `node`.
 template <class T>
-static inline void mmd_expectations(const GaussianSum<T>& sum, int64_t node, int64_t count, int64_t chunk, MmdRow<T> row,
-                                    const T* x, const T* v, int64_t stride, int64_t D, T* out) {
-  static constexpr decltype(&mmd_expectations<T, 1>) kOf[] = {
-      mmd_expectations<T, 1>, mmd_expectations<T, 2>, mmd_expectations<T, 3>, mmd_expectations<T, 4>,
-      mmd_expectations<T, std::min(5, kNodeBlock)>, mmd_expectations<T, std::min(6, kNodeBlock)>,
-      mmd_expectations<T, std::min(7, kNodeBlock)>, mmd_expectations<T, kNodeBlock>};
+static inline void mmd_exponents(const GaussianSum<T>& sum, int64_t node, int64_t count, int64_t chunk, MmdRow<T> row,
+                                 const T* x, const T* v, int64_t stride, int64_t D, T* out) {
+  static constexpr decltype(&mmd_exponents<T, 1>) kOf[] = {
+      mmd_exponents<T, 1>, mmd_exponents<T, 2>, mmd_exponents<T, 3>, mmd_exponents<T, 4>,
+      mmd_exponents<T, std::min(5, kNodeBlock)>, mmd_exponents<T, std::min(6, kNodeBlock)>,
+      mmd_exponents<T, std::min(7, kNodeBlock)>, mmd_exponents<T, kNodeBlock>};
   for (const int64_t end = node + count; node < end; node += kNodeBlock)
     kOf[std::min<int64_t>(end - node, kNodeBlock) - 1](sum, node, chunk, row, x, v, stride, D, out);
 }
 
-// r = 1/t for n ≤ 4 values of t, with one division where their product is in range.
-template <class T, bool in_range, int n>
-static inline void mmd_reciprocals(const Vec<T> (&t)[n], Vec<T> (&r)[n]) {
-  if constexpr (in_range && n > 1) {
-    constexpr int half = n / 2;
-    const Vec<T> a = half == 2 ? t[0] * t[1] : t[0], b = n - half == 2 ? t[half] * t[half + 1] : t[half];
-    const Vec<T> both = T(1) / (a * b), ra = both * b, rb = both * a;
-    r[0] = half == 2 ? ra * t[1] : ra, r[half] = n - half == 2 ? rb * t[half + 1] : rb;
-    if (half == 2) r[1] = ra * t[0];
-    if (n - half == 2) r[half + 1] = rb * t[half];
-  } else {
-    for (int k = 0; k < n; ++k) r[k] = T(1) / t[k];
-  }
-}
-
-// Adds Σ e / t and Σ e / t² over n nodes from `node` to `first` and `second`.
-template <class T, bool in_range, int n>
-static inline void mmd_add_slopes(const GaussianSum<T>& sum, int64_t node, Vec<T> s, const T* e, Vec<T>& first,
-                                  Vec<T>& second) {
-  Vec<T> t[n], r[n];
-#pragma GCC unroll 4
-  for (int k = 0; k < n; ++k) t[k] = s + sum.widths[node + k];
-  mmd_reciprocals<T, in_range, n>(t, r);
-#pragma GCC unroll 4
-  for (int k = 0; k < n; ++k) {
-    const Vec<T> part = load(e + (node + k) * kPosteriorColumns) * r[k];
-    first += part, second += part * r[k];
-  }
-}
-
-// Adds the gradients of weight · Σ e over n columns to those of the columns and, unless null, of the row at `drow`.
-// The number of nodes of p.cross is a multiple of four and `rest`.
-template <class T, bool in_range, int rest>
-static void mmd_posteriors_gradient(const NormalMmd<T>& p, const WideSums<T>& wide, T weight, MmdRow<T> row, int64_t column,
-                                    int64_t n, const T* e, int64_t drow) {
+// Turns the exponents of every node into expectations times the columns' weights, also NaN to zero by zero; their sum.
+template <class T>
+static T mmd_expectations(const T* node_weights, int64_t nodes, const T* weights, int64_t n, T* e) {
   constexpr int registers = 64 / LATENT_VECTOR_BYTES;
-  for (int64_t d = 0; d < p.D; ++d) {
-    const int64_t at = d * p.stride + column;
-    const Vec<T> row_x = broadcast(row.x[d * row.stride]), row_v = broadcast(row.v[d * row.stride]);
-    Vec<T> sums_x[registers] = {}, sums_v[registers] = {};
-    for (int64_t j = 0; j < n; j += kLine<T>)
-#pragma GCC unroll 4
-      for (int g = 0; g < registers; ++g) {
-        const int64_t i = j + g * kLanes<T>;
-        // 0.5 of 5 ms: the arrays lie in L2, a dimension far from the next.
-        for (const T* next : {p.xt, p.vt, p.dxt, p.dvt}) __builtin_prefetch(next + at + p.stride + i);
-        const Vec<T> delta = load(p.xt + at + i) - row_x, s = load(p.vt + at + i) + row_v;
-        const Vec<T> u = s * p.wide.scale - p.wide.center;
-        Vec<T> first = wide.at(wide.first, i, u), second = wide.at(wide.second, i, u);  // Σ e / t, Σ e / t²
-        int64_t q = 0;
-        for (; q + 4 <= p.cross.count; q += 4) mmd_add_slopes<T, in_range, 4>(p.cross, q, s, e + i, first, second);
-        if constexpr (rest) mmd_add_slopes<T, in_range, rest>(p.cross, q, s, e + i, first, second);
-        const Vec<T> dx = delta * (first * weight), dv = (second * delta * delta - first) * (T(0.5) * weight);
-        store(p.dxt + at + i, load(p.dxt + at + i) - dx);
-        store(p.dvt + at + i, load(p.dvt + at + i) + dv);
-        sums_x[g] += dx, sums_v[g] += dv;
-      }
-    if (drow < 0) continue;
-    p.dxt[d * p.stride + drow] += sum_lanes<T>(sums_x);
-    p.dvt[d * p.stride + drow] += sum_lanes<T>(sums_v);
-  }
+  Vec<T> sums[registers] = {};
+  const auto columns = [&](int64_t i, auto pack) {
+    using P = decltype(pack);
+    const P weight = load_pack<T, P::size>(weights + i);
+    P total(T(0));
+    for (int64_t q = 0; q < nodes; ++q) {
+      T* const at = e + q * kPosteriorColumns + i;
+      const P expectation = node_weights[q] * exp(load_pack<T, P::size>(at)) * weight;
+      const P value = P::each([](Vec<T> w, Vec<T> x) { return w != T(0) ? x : Vec<T>{}; }, weight, expectation);
+      for (int j = 0; j < P::size; ++j) store(at + j * kLanes<T>, value.v[j]);
+      total = total + value;
+    }
+    for (int j = 0; j < P::size; ++j) sums[j % registers] += total.v[j];
+  };
+  int64_t i = 0;
+  for (; i + kColumnPack * kLanes<T> <= n; i += kColumnPack * kLanes<T>) columns(i, Pack<T, kColumnPack>());
+  for (; i < n; i += kLine<T>) columns(i, Pack<T, registers>());
+  return sum_lanes<T>(sums);
 }
 
-// Σ e over one row and columns [begin, end), of which the first `skipped` do not count and that at `self` counts
-// `self_weight`; adds the gradients of weight · Σ e.
+// weight · Σ e over one row and columns [begin, end), of which those before `drow` do not count and `drow` itself counts
+// self_weight; adds its gradients. The memory at `e` is of mmd_expectations_size.
 template <class T>
 static double mmd_posteriors_row(const NormalMmd<T>& p, MmdRow<T> row, double weight, int64_t begin, int64_t end, int64_t drow,
                                  T* e) {
@@ -168,38 +133,24 @@ static double mmd_posteriors_row(const NormalMmd<T>& p, MmdRow<T> row, double we
   const T *const x = p.xt + begin, *const v = p.vt + begin;
   T* const others = e + p.wide.count * kPosteriorColumns;
   if (p.wide.count)
-    for (int64_t j = 0; j < n; j += kLanes<T>) mmd_wide_expectations(p.wide, row, x + j, v + j, p.stride, p.D, e + j);
-  bool in_range = true;
+    for (int64_t j = 0; j < n; j += kLanes<T>) mmd_wide_exponents(p.wide, row, x + j, v + j, p.stride, p.D, e + j);
   for (int64_t q = 0; q < sum.count; q += kNodesOfChunk) {
     const int64_t count = std::min(sum.count - q, kNodesOfChunk);
     const int64_t chunk = mmd_chunk<T>(sum.widths[q + count - 1], sum.widths[q] + p.span);
-    in_range &= chunk >= 4;
     for (int64_t j = 0; j < n; j += kLanes<T>)
-      mmd_expectations(sum, q, count, chunk, row, x + j, v + j, p.stride, p.D, others + j);
+      mmd_exponents(sum, q, count, chunk, row, x + j, v + j, p.stride, p.D, others + j);
   }
-  const int64_t skipped = std::clamp<int64_t>(drow - begin, 0, n), self = drow - begin;
-  double total = 0;
-  for (int64_t q = 0; q < p.wide.count + sum.count; ++q) {
-    T* const values = e + q * kPosteriorColumns;
-    if (self >= 0 && self < n) values[self] = p.self_weight > 0 ? values[self] * T(p.self_weight) : T(0);
-    std::fill(values, values + skipped, T(0));
-    std::fill(values + (end - begin), values + n, T(0));
-    total += mmd_sum(values, n);
-  }
-  if (p.dxt) {
-    static constexpr decltype(&mmd_posteriors_gradient<T, true, 0>) kGradient[2][4] = {
-        {mmd_posteriors_gradient<T, false, 0>, mmd_posteriors_gradient<T, false, 1>, mmd_posteriors_gradient<T, false, 2>,
-         mmd_posteriors_gradient<T, false, 3>},
-        {mmd_posteriors_gradient<T, true, 0>, mmd_posteriors_gradient<T, true, 1>, mmd_posteriors_gradient<T, true, 2>,
-         mmd_posteriors_gradient<T, true, 3>}};
-    kGradient[in_range][sum.count % 4](p, WideSums<T>(p.wide, e, n), T(weight), row, begin, n, others, drow);
-  }
+  T counts[kPosteriorColumns];
+  for (int64_t i = 0; i < n; ++i) counts[i] = begin + i > drow && begin + i < end ? T(1) : T(0);
+  if (drow >= begin && drow < end) counts[drow - begin] = T(p.self_weight);
+  const double total = mmd_expectations(p.wide.weights, p.wide.count + sum.count, counts, n, e);
+  if (p.dxt) mmd_posteriors_gradient(p, T(weight), row, begin, n, e, drow, others + sum.count * kPosteriorColumns);
   return weight * total;
 }
 
 template <class T>
 static int64_t mmd_expectations_size(const NormalMmd<T>& p) {
-  return (p.wide.count + p.cross.count) * kPosteriorColumns;
+  return (p.wide.count + p.cross.count) * kPosteriorColumns + mmd_slopes_size(p);
 }
 
 template <class T>

@@ -152,18 +152,18 @@ static inline Vec<T> scale(Vec<T> y, Vec<T> n, Vec<T> shifted) {
 #endif
 }
 
-// e^x = fraction · 2^n; shifted = n + biased_round.
-template <class T>
+// e^x = fraction · 2^n; shifted = n + biased_round. V is one vector or several.
+template <class T, class V = Vec<T>>
 struct ReducedExp {
-  Vec<T> fraction, n, shifted;
+  V fraction, n, shifted;
 
-  explicit ReducedExp(Vec<T> x) {
+  explicit ReducedExp(V x) {
     using S = Simd<T>;
     shifted = x * T(1.4426950408889634) + S::biased_round;
     n = shifted - S::biased_round;
-    const Vec<T> r = (x - n * S::ln2_hi) - n * S::ln2_lo;
+    const V r = (x - n * S::ln2_hi) - n * S::ln2_lo;
     // The rounding of 1 + r is added back: 0.80 ULP in all, against 1.03 to 1.17 without.
-    const Vec<T> sum = r + T(1), rest = r - (sum - T(1));
+    const V sum = r + T(1), rest = r - (sum - T(1));
     fraction = sum + (horner(S::exp_poly, r) * r * r + rest);
   }
 };
