@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& params, const 
   const int64_t parts = in.parts();
   Arena<T> arena(Scratch::launch, in.images * parts);
   T* const sums = arena.take(in.images * parts);
-  Tensor log_prob = empty(x, {in.images}), stats = empty(x, {save ? in.images : 0, 3, save ? in.P : 0});
+  Tensor log_prob = empty(x, {in.images}), stats = empty(x, {save ? in.images : 0, 4, save ? in.P : 0});
   const LogisticMixtureForward<T> p{in, sums, save ? stats.mutable_data_ptr<T>() : nullptr};
   in_parts(in.images * parts, part_work(in), [&](int64_t first, int64_t last) {
     kernels<T>().logistic_mixture.forward(p, first, last);

@@ -93,16 +93,16 @@ def _check(op: str, x: Tensor, params: Tensor, mask: Tensor | None) -> None:
 
 def _fake_fwd(x, params, mask, save):
     images, pixels = params.shape[0], x.shape[2]
-    return x.new_empty(images), x.new_empty((images, 3, pixels) if save else (0, 3, 0))
+    return x.new_empty(images), x.new_empty((images, 4, pixels) if save else (0, 4, 0))
 
 
 def _fake_bwd(grad, x, params, mask, stats):
     return torch.empty_like(params, memory_format=torch.contiguous_format)
 
 
-# x[N,C,P] params[S·N,R·K,P] mask[N,P]. With l_k = logit_k + Σ_c log P_kc and `save`, forward also gives of every pixel a
-# shift t near the largest l_k, Σ_k e^(l_k − t) and log Σ_k e^logit_k, [S·N, 3, P]: backward then takes the components once,
-# and a dominant one has the weight 1 to the bit.
+# x[N,C,P] params[S·N,R·K,P] mask[N,P]. With the largest logit m, l_k = (logit_k − m) + Σ_c log P_kc and `save`, forward also
+# gives of every pixel m, a shift t near the largest l_k, Σ_k e^(l_k − t) and log Σ_k e^(logit_k − m), [S·N, 4, P]: backward
+# then takes the components once, and a dominant one has the weight 1 to the bit.
 FWD = Primitive("logistic_mixture", "logistic_mixture_fwd",
                 "(Tensor x, Tensor params, Tensor? mask, bool save) -> (Tensor, Tensor)", _fake_fwd)
 BWD = Primitive("logistic_mixture", "logistic_mixture_bwd",

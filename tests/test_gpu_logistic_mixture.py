@@ -36,7 +36,7 @@ class Emulation:
         (n, P), (N, C) = (params.shape[0], params.shape[2]), x.shape[:2]
         call = Arguments(x.data_ptr(), params.data_ptr(), None if mask is None else mask.data_ptr(), n, N, C,
                          params.shape[1] // (10 if C == 3 else 3), P, TYPES[params.dtype], backwards)
-        log_prob, stats = torch.full((n,), torch.nan), torch.full((n, 3, P), torch.nan)
+        log_prob, stats = torch.full((n,), torch.nan), torch.full((n, 4, P), torch.nan)
         grad_params = torch.full_like(params, torch.nan)
         void = lambda t: ctypes.c_void_p(t.data_ptr())  # noqa: E731
         self.library.emulate_forward(ctypes.byref(call), void(log_prob), None)
@@ -119,6 +119,15 @@ def test_extreme_parameters(kernels, C):
     x[:, :, :, 0], x[:, :, :, 1] = -1, 1
     check(kernels, x, params, scaled=True)
     assert all(t.isfinite().all() for t in run(kernels, x, params))
+
+
+@pytest.mark.parametrize("level", [-1e4, 1e20, 1e4 * torch.arange(-2.0, 3.0)[:, None, None]], ids=["-1e4", "1e20", "rising"])
+def test_levels_of_the_logits_cost_no_digits(kernels, level):
+    x, params = images(1, 1, 5, 3, 4)
+    params.view(1, 3, 5, 3, 4)[:, 0] += torch.as_tensor(level)
+    check(kernels, x, params)
+    params.view(1, 3, 5, 3, 4)[:, 0] = params.view(1, 3, 5, 3, 4)[:, 0].flip(1)
+    check(kernels, x, params)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

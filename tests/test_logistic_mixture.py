@@ -164,6 +164,17 @@ def test_extreme_parameters(implementation, C):
         assert (grad.view_as(p)[:, 2::3, 0] == 0).all(), "no gradient below the least log-scale"
 
 
+@pytest.mark.parametrize("level", [100.0, -1e4, 1e20, 1e4 * torch.arange(-2.0, 3.0)[:, None, None]],
+                         ids=["100", "-1e4", "1e20", "rising"])
+def test_levels_of_the_logits_cost_no_digits(implementation, level):
+    """A level that all logits share, and levels so different that only the last component counts."""
+    backend, device = implementation
+    for C in (1, 3):
+        x, params = images(2, C, 5, 4, 4, device=device)
+        params.view(2, -1, 5, 4, 4)[:, 0] += torch.as_tensor(level, device=device)
+        check([x, params], backend)
+
+
 @pytest.mark.parametrize("log_scale", [-7.0, -6.9, 0.0, 30.0, 60.0])
 def test_single_scales_keep_their_digits(implementation, log_scale):
     """Bins much wider and much thinner than the scale; a bin's probability is never 0."""

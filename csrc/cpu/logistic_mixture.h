@@ -23,7 +23,7 @@ template <class T>
 struct LogisticMixtureForward {
   LogisticMixture<T> in;
   T* sums;   // [images, parts]
-  T* stats;  // [images, 3, P] or null: a shift t, Σ_k e^(logit + log P − t), log Σ_k e^logit
+  T* stats;  // [images, 4, P] or null; see kernels/logistic_mixture.py
 };
 
 template <class T>
@@ -31,7 +31,7 @@ struct LogisticMixtureBackward {
   LogisticMixture<T> in;
   const T* grad;  // [images], with its stride
   int64_t grad_stride;
-  const T* stats;  // [images, 3, P]
+  const T* stats;  // [images, 4, P]
   T* dparams;      // [images, rows · K, P]
   bool past_cache;  // dparams is too large for the caches, aligned, and its rows are whole groups
 };

@@ -226,23 +226,22 @@ static void logistic_sum(const T* linear, const T* ratio, int64_t stride, int64_
 }
 
 template <class T>
-using LogisticStats = T[3][kLogisticPixels];
+using LogisticStats = T[4][kLogisticPixels];
 
 // The statistics of a block; `linear` and `ratio` take K · kLogisticPixels values.
 template <class T, int C>
 static void logistic_stats(const LogisticBlock<T, C>& b, T* linear, T* ratio, LogisticStats<T>& stats) {
   constexpr int64_t stride = kLogisticPixels;
+  logistic_sum<T>(b.params, nullptr, b.plane, b.K, b.padded, stats[0], stats[3]);
   for (int64_t k = 0; k < b.K; ++k)
     for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
       logistic_prefetch<T, C>(b, k + 1, i, nullptr);
       const LogisticComponent<T, C> m(b, k, i);
-      store(linear + k * stride + i, load(b.params + b.at(0, k, i)) + m.linear);
+      store(linear + k * stride + i, (load(b.params + b.at(0, k, i)) - load(stats[0] + i)) + m.linear);
       store(ratio + k * stride + i, m.ratio);
     }
-  T prior_sum[stride];
-  logistic_sum(linear, ratio, stride, b.K, b.padded, stats[0], stats[1]);
-  logistic_sum<T>(b.params, nullptr, b.plane, b.K, b.padded, stats[2], prior_sum);
-  for (int64_t i = 0; i < b.padded; i += kLanes<T>) store(stats[2] + i, load(stats[2] + i) + log<T>(load(prior_sum + i)));
+  logistic_sum(linear, ratio, stride, b.K, b.padded, stats[1], stats[2]);
+  apply<T, log<T>>(stats[3], stats[3], b.padded);
 }
 
 template <class T, int C>
@@ -259,11 +258,11 @@ static void logistic_forward(const LogisticMixtureForward<T>& p, int64_t first, 
       for (int64_t i = 0; i < b.padded; i += kGroup<T>)
         for (int r = 0; r < 64 / LATENT_VECTOR_BYTES; ++r) {
           const int64_t j = i + r * kLanes<T>;
-          const Vec<T> log_prob = load(stats[0] + j) + (log<T>(load(stats[1] + j)) - load(stats[2] + j));
+          const Vec<T> log_prob = load(stats[1] + j) + (log<T>(load(stats[2] + j)) - load(stats[3] + j));
           total[r] += load(b.counts + j) != T(0) ? log_prob : Vec<T>{};
         }
       if (p.stats)
-        for (int s = 0; s < 3; ++s) std::copy_n(stats[s], b.n, p.stats + (3 * image + s) * p.in.P + pixel);
+        for (int s = 0; s < 4; ++s) std::copy_n(stats[s], b.n, p.stats + (4 * image + s) * p.in.P + pixel);
     });
     p.sums[part] = sum_lanes<T>(total);
   }
@@ -311,14 +310,15 @@ static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first
   T *const packed = arena.take((planes + C) * kLogisticPixels), *const unpacked = arena.take(planes * kLogisticPixels);
   LogisticBlock<T, C> b;
   const auto block = [&](int64_t image, int64_t pixel) {
-    T grad[kLogisticPixels], over_sum[kLogisticPixels], top[kLogisticPixels], prior[kLogisticPixels];
-    const T* const stats = p.stats + 3 * image * P + pixel;
+    T grad[kLogisticPixels], over_sum[kLogisticPixels], level[kLogisticPixels], top[kLogisticPixels], prior[kLogisticPixels];
+    const T* const stats = p.stats + 4 * image * P + pixel;
     for (int64_t i = 0; i < b.padded; ++i) {
       const bool counts = b.counts[i] != T(0);  // what does not weighs nothing
       grad[i] = counts ? p.grad[image * p.grad_stride] : T(0);
-      top[i] = counts ? stats[i] : T(0);
-      over_sum[i] = counts ? grad[i] / stats[P + i] : T(0);
-      prior[i] = counts ? stats[2 * P + i] : T(0);
+      level[i] = counts ? stats[i] : T(0);
+      top[i] = counts ? stats[P + i] : T(0);
+      over_sum[i] = counts ? grad[i] / stats[2 * P + i] : T(0);
+      prior[i] = counts ? stats[3 * P + i] : T(0);
     }
     T* const out = p.dparams + image * planes * P + pixel;
     const bool past_cache = p.past_cache && b.whole;
@@ -326,7 +326,7 @@ static void logistic_backward(const LogisticMixtureBackward<T>& p, int64_t first
       for (int64_t i = 0; i < b.padded; i += kLanes<T>) {
         logistic_prefetch(b, k + 1, i, past_cache ? nullptr : out);
         const LogisticComponent<T, C> m(b, k, i);
-        const Vec<T> logit = load(b.params + b.at(0, k, i));
+        const Vec<T> logit = load(b.params + b.at(0, k, i)) - load(level + i);
         logistic_gradients(b, m, k, i, load(over_sum + i) * m.ratio * exp<T>(logit + m.linear - load(top + i)),
                            load(grad + i) * exp<T>(logit - load(prior + i)), b.whole ? out : unpacked, past_cache);
       }

@@ -112,7 +112,7 @@ static T mmd_expectations(const T* node_weights, int64_t nodes, const T* weights
       T* const at = e + q * kPosteriorColumns + i;
       const P expectation = node_weights[q] * exp(load_pack<T, P::size>(at)) * weight;
       const P value = P::each([](Vec<T> w, Vec<T> x) { return w != T(0) ? x : Vec<T>{}; }, weight, expectation);
-      for (int j = 0; j < P::size; ++j) store(at + j * kLanes<T>, value.v[j]);
+      store_pack(at, value);
       total = total + value;
     }
     for (int j = 0; j < P::size; ++j) sums[j % registers] += total.v[j];

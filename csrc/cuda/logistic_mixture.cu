@@ -32,7 +32,7 @@ class Call : public Launch {
 std::tuple<Tensor, Tensor> logistic_mixture_fwd(Tensor x, Tensor params, std::optional<Tensor> mask, bool save) {
   Call call(x, params, mask);
   const logistic_mixture::Problem& p = call.problem;
-  Tensor log_prob = empty(x, {p.images}), stats = empty(x, {save ? p.images : 0, 3, save ? p.P : 0});
+  Tensor log_prob = empty(x, {p.images}), stats = empty(x, {save ? p.images : 0, 4, save ? p.P : 0});
   logistic_mixture::forward(p, output(log_prob), save ? output(stats) : nullptr, call, call.stream);
   return {log_prob, stats};
 }

@@ -1,9 +1,9 @@
 // Kernels of logistic_mixture_log_prob and their launches; formulas and notation are in kernels/logistic_mixture.py.
 //
-// A thread has a pixel and goes through the components, whose planes of parameters a warp reads in order and once: 40 bytes,
-// 9 exps and about 200 other operations a component of three channels, near the balance of memory and arithmetic of an H200.
-// As P = ratio · e^linear with the ratio between 2e-6 and 614, only the linear parts take part in the maximum of the
-// log-sum-exp, and no component costs a logarithm.
+// A thread has a pixel and goes through the components, whose planes of parameters a warp reads in order and once (logits
+// twice): 40 bytes, 9 exps and about 200 other operations a component of three channels, near the balance of memory and
+// arithmetic of an H200. As P = ratio · e^linear with the ratio between 2e-6 and 614, only the linear parts take part in the
+// maximum of the log-sum-exp, and no component costs a logarithm.
 #pragma once
 
 #include <cfloat>
@@ -116,24 +116,26 @@ __device__ inline float block_sum(float value) {
   return value;
 }
 
-// sums [images, parts]; stats [images, 3, P] or null: a shift t, Σ_k e^(logit + log P − t), log Σ_k e^logit.
+// sums [images, parts]; stats [images, 4, P] or null. The largest logit is taken out of every exponent first: a level that all
+// logits share costs no digits. The second time the logits come from the cache.
 template <int C>
 __global__ void __launch_bounds__(THREADS) forward_parts(Problem p, float* sums, float* stats) {
   const Pixel<C> pixel(p);
   float log_prob = 0.f;
   if (pixel.counts) {
-    float top = -FLT_MAX, sum = 0.f, prior_top = -FLT_MAX, prior = 0.f;
+    float level = -FLT_MAX, top = -FLT_MAX, sum = 0.f, prior = 0.f;
+    const auto logit = [&](int64_t k) { return load(p.params, p.type, p.at(pixel.image, 0, k, pixel.index)); };
+    for (int64_t k = 0; k < p.K; ++k) level = fmaxf(level, logit(k));
     for (int64_t k = 0; k < p.K; ++k) {
-      const float logit = load(p.params, p.type, p.at(pixel.image, 0, k, pixel.index));
       const Component<C> m(p, pixel, k);
-      add_exponential(logit + m.linear, m.ratio, top, sum);
-      add_exponential(logit, 1.f, prior_top, prior);
+      add_exponential((logit(k) - level) + m.linear, m.ratio, top, sum);
+      prior += fast_exp(logit(k) - level);
     }
-    prior = prior_top + logf(prior);
+    prior = logf(prior);
     log_prob = top + (logf(sum) - prior);
     if (stats) {
-      float* const to = stats + 3 * pixel.image * p.P + pixel.index;
-      to[0] = top, to[p.P] = sum, to[2 * p.P] = prior;
+      float* const to = stats + 4 * pixel.image * p.P + pixel.index;
+      to[0] = level, to[p.P] = top, to[2 * p.P] = sum, to[3 * p.P] = prior;
     }
   }
   const float total = block_sum(log_prob);
@@ -160,13 +162,13 @@ __global__ void __launch_bounds__(THREADS)
       store(grad_params, p.type, (pixel.image * p.rows() * p.K + plane) * p.P + pixel.index, 0.f);
     return;
   }
-  const float* const saved = stats + 3 * pixel.image * p.P + pixel.index;
-  const float g = grad[pixel.image], top = saved[0], over_sum = g / saved[p.P], prior = saved[2 * p.P];
+  const float* const saved = stats + 4 * pixel.image * p.P + pixel.index;
+  const float g = grad[pixel.image], level = saved[0], top = saved[p.P], over_sum = g / saved[2 * p.P], prior = saved[3 * p.P];
   for (int64_t k = 0; k < p.K; ++k) {
     const auto put = [&](int row, float value) {
       store(grad_params, p.type, p.at(pixel.image, row, k, pixel.index), value);
     };
-    const float logit = load(p.params, p.type, p.at(pixel.image, 0, k, pixel.index));
+    const float logit = load(p.params, p.type, p.at(pixel.image, 0, k, pixel.index)) - level;
     const Component<C> m(p, pixel, k);
     const float weight = over_sum * m.ratio * fast_exp(logit + m.linear - top);
     put(0, weight - g * fast_exp(logit - prior));

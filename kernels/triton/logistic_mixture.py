@@ -102,37 +102,37 @@ def _pixels(x, mask, images_of_x, P, C: tl.constexpr, HAS_MASK: tl.constexpr, BL
 @triton.jit
 def _forward(x, params, mask, sums, stats, images_of_x, K, P, parts, C: tl.constexpr, ROWS: tl.constexpr,
              HAS_MASK: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr):
-    """The log-likelihood of each block of pixels [images, parts], and the statistics [images, 3, P] if `SAVE`."""
+    """The log-likelihood of each block of pixels [images, parts], and the statistics [images, 4, P] if `SAVE`."""
     image, pixel, counts, red, green, blue = _pixels(x, mask, images_of_x, P, C, HAS_MASK, BLOCK)
-    top, prior_top = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
+    level, top = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
     total, prior = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     row = tl.cast(K, tl.int64) * P
+    for k in range(K):  # a level that all logits share costs no digits; the second time they come from the cache
+        level = tl.maximum(level, _load(params + image * ROWS * row + tl.cast(k, tl.int64) * P + pixel, counts))
     for k in range(K):
         at = params + image * ROWS * row + tl.cast(k, tl.int64) * P + pixel
-        logit = _load(at, counts)
+        logit = _load(at, counts) - level
         m0, m1, m2, s0, s1, s2, _, _, _ = _channels(at, row, counts, red, green, C)
         linear, num, den, _, _, _, _, _, _ = _bin(red, m0, s0)
         if C == 3:
             linear_1, num_1, den_1, _, _, _, _, _, _ = _bin(green, m1, s1)
             linear_2, num_2, den_2, _, _, _, _, _, _ = _bin(blue, m2, s2)
             linear, num, den = linear + linear_1 + linear_2, num * num_1 * num_2, den * den_1 * den_2
+        prior += tl.exp(logit)
         linear += logit
         larger = linear > top
         smaller_term = tl.exp(-tl.abs(linear - top))
         total = tl.where(larger, total * smaller_term + num / den, total + smaller_term * (num / den))
         top = tl.where(larger, linear, top)
-        larger = logit > prior_top
-        smaller_term = tl.exp(-tl.abs(logit - prior_top))
-        prior = tl.where(larger, prior * smaller_term + 1.0, prior + smaller_term)
-        prior_top = tl.where(larger, logit, prior_top)
-    prior = prior_top + tl.log(prior)
+    prior = tl.log(prior)
     log_prob = top + (tl.log(total) - prior)
     tl.store(sums + image * parts + tl.program_id(1), tl.sum(tl.where(counts, log_prob, 0.0), 0))
     if SAVE:
-        to = stats + image * 3 * P + pixel
-        tl.store(to, top, mask=counts)
-        tl.store(to + P, total, mask=counts)
-        tl.store(to + 2 * P, prior, mask=counts)
+        to = stats + image * 4 * P + pixel
+        tl.store(to, level, mask=counts)
+        tl.store(to + P, top, mask=counts)
+        tl.store(to + 2 * P, total, mask=counts)
+        tl.store(to + 3 * P, prior, mask=counts)
 
 
 @triton.jit
@@ -156,15 +156,15 @@ def _backward(grad, x, params, mask, stats, grad_params, images_of_x, K, P, C: t
     """The gradient of the parameters; of pixels that do not count it is 0."""
     image, pixel, counts, red, green, blue = _pixels(x, mask, images_of_x, P, C, HAS_MASK, BLOCK)
     inside = pixel < P
-    saved = stats + image * 3 * P + pixel
-    top, prior = _load(saved, counts), _load(saved + 2 * P, counts)
+    saved = stats + image * 4 * P + pixel
+    level, top, prior = _load(saved, counts), _load(saved + P, counts), _load(saved + 3 * P, counts)
     image_grad = tl.load(grad + image)
-    over_sum = image_grad / tl.load(saved + P, mask=counts, other=1.0)
+    over_sum = image_grad / tl.load(saved + 2 * P, mask=counts, other=1.0)
     row = tl.cast(K, tl.int64) * P
     for k in range(K):
         offset = image * ROWS * row + tl.cast(k, tl.int64) * P + pixel
         at, to = params + offset, grad_params + offset
-        logit = _load(at, counts)
+        logit = _load(at, counts) - level
         m0, m1, m2, s0, s1, s2, c0, c1, c2 = _channels(at, row, counts, red, green, C)
         linear, num, den, inv_0, t_0, u_0, y2_0, sinh_0, cosh_0 = _bin(red, m0, s0)
         num_0, den_0 = num, den
@@ -202,7 +202,7 @@ def logistic_mixture_fwd(x: Tensor, params: Tensor, mask: Tensor | None, save: b
     """The primitive `logistic_mixture_fwd` of kernels/logistic_mixture.py."""
     call = _Call(x, params, mask)
     sums = x.new_empty(call.images, call.parts)
-    stats = x.new_empty((call.images, 3, call.P) if save else (0, 3, 0))
+    stats = x.new_empty((call.images, 4, call.P) if save else (0, 4, 0))
     if sums.numel():
         with torch.cuda.device_of(x):
             _forward[(call.images, call.parts)](*call.tensors, sums, stats, *call.sizes, call.parts, SAVE=save, **call.options)
