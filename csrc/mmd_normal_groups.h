@@ -10,6 +10,7 @@
 
 namespace latent_engine {
 
+// The group of `count` nodes, for sums s in [0, span].
 template <class T>
 NodeGroup<T> node_group(const T* widths, int64_t count, double span) {
   const double middle = 0.5 * (std::log2(widths[0] + span) + std::log2(double(widths[count - 1])));

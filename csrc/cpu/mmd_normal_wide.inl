@@ -49,6 +49,7 @@ static LATENT_INLINE void mmd_wide_exponents(const WideNodes<T>& wide, int64_t n
   const auto times = [&](Vec<T> moment, const Pack<T, n>& c) {
     return Pack<T, n>::each([=](Vec<T> x) { return moment * x; }, c);
   };
+  // From 0: of a sum of two products either may become an FMA, which the levels would choose differently.
   Pack<T, n> log_det = coefficients(wide.log_t, 0), distance(T(0));
 #pragma GCC unroll 8
   for (int k = 0; k < terms; ++k) {
